@@ -1,0 +1,56 @@
+"""Structured logs on stderr: constant messages plus fields; stdlib loggers go the same way.
+
+Call `configure` once per process. Context that holds for a whole task is bound with
+`structlog.contextvars`; a record's place is logged as topic, partition, offset and event_id.
+"""
+
+import logging
+import sys
+
+import structlog
+
+from pipeline.settings import Settings
+
+# Chatty at info about things that are ours to report (joins, retries), or repeat every second.
+_QUIET = {"faust": "WARNING", "mode": "WARNING", "aiokafka": "WARNING", "asyncio": "WARNING", "httpx": "WARNING"}
+
+
+def configure(settings: Settings, **context: str) -> None:
+    """Set up structlog and the standard library's logging; `context` goes on every line."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.log_level.upper())
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    structlog.contextvars.bind_contextvars(**context)
+
+
+def get(name: str) -> structlog.stdlib.BoundLogger:
+    """Return a logger for a module."""
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger(name)
+    return logger

@@ -1,0 +1,72 @@
+"""Every Prometheus metric: name, unit, labels, buckets, help. `docs/metrics.md` lists the same ones.
+
+Label values are bounded: never an image id, a file name or an error text.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+# 1 ms to 60 s: below, the clock's own noise; above, somebody has been paged.
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+# Records: what happened to them
+RECORDS_OPENED = Counter("millrace_records_opened", "Records received from Kafka.", ["step", "lane"])
+RECORDS_FINISHED = Counter(
+    "millrace_records_finished",
+    "Records finished, by outcome: predicted, expired, dead_lettered, stored, archived, skipped.",
+    ["step", "lane", "outcome"],
+)
+RECORDS_FORGOTTEN = Counter(
+    "millrace_records_forgotten", "Unstarted records given back to Kafka at a hand-over.", ["step"]
+)
+RECORDS_ABANDONED = Counter(
+    "millrace_records_abandoned", "Started records dropped unacknowledged at a hand-over's deadline.", ["step"]
+)
+DEAD_LETTERS = Counter("millrace_dead_letters", "Dead letters published, by error code.", ["step", "code"])
+RETRIES = Counter("millrace_retries", "Attempts repeated because a dependency failed.", ["step", "dependency"])
+DUPLICATES = Counter(
+    "millrace_duplicates", "Results already stored: same (repeat) or another picture (conflict).", ["kind"]
+)
+
+# Stages of one record, as Triton splits them
+QUEUE_SECONDS = Histogram(
+    "millrace_queue_seconds", "From receipt of a record to the start of its decode, plus the wait for a batch.",
+    ["lane"], buckets=_SECONDS,
+)  # fmt: skip
+DECODE_SECONDS = Histogram("millrace_decode_seconds", "Decoding one picture.", buckets=_SECONDS)
+FORWARD_SECONDS = Histogram("millrace_forward_seconds", "One forward pass of one batch, all models.", buckets=_SECONDS)
+PUBLISH_SECONDS = Histogram(
+    "millrace_publish_seconds", "From a result to the broker's acknowledgement.", ["step"], buckets=_SECONDS
+)
+STORE_SECONDS = Histogram("millrace_store_seconds", "One transaction of the store step.", buckets=_SECONDS)
+
+# Batches
+BATCH_SIZE = Histogram("millrace_batch_size", "Pictures in one forward pass.", buckets=_BATCH)
+BATCHES = Counter("millrace_batches", "Forward passes, by why the batch was cut.", ["cut"])
+
+# Delivery
+LEDGER_RECORDS = Gauge("millrace_ledger_records", "Records open or waiting for elder ones.", ["step", "lane"])
+LEDGER_BYTES = Gauge("millrace_ledger_bytes", "Bytes of open records.", ["step", "lane"])
+LANE_PAUSED = Gauge("millrace_lane_paused", "1 while a lane's partitions are paused for back-pressure.", ["step", "lane"])
+COMMITS = Counter("millrace_commits", "Offset commits, by result: ok, refused, failed.", ["step", "result"])
+COMMIT_AGE_SECONDS = Gauge(
+    "millrace_commit_age_seconds", "Since the oldest finished, uncommitted record finished; 0 with none.", ["step"]
+)
+REBALANCES = Counter("millrace_rebalances", "Hand-overs of partitions: assigned, revoked.", ["step", "kind"])
+HANDOVER_SECONDS = Histogram("millrace_handover_seconds", "Finishing started work at a hand-over.", ["step"], buckets=_SECONDS)
+ASSIGNED_PARTITIONS = Gauge("millrace_assigned_partitions", "Partitions this worker owns.", ["step"])
+OFFSETS_EXPIRED = Counter(
+    "millrace_offsets_expired", "Records that retention deleted before this group read them.", ["step", "topic"]
+)
+CAREFUL_RECORDS = Counter(
+    "millrace_careful_records", "Records read one at a time after their worker died.", ["step"]
+)
+LIMITER_OPEN = Gauge("millrace_limiter_open", "1 while model faults have paused the step.", ["step"])
+READY = Gauge("millrace_ready", "1 while the worker is warm and a member of its group.", ["step"])
+LAG_RECORDS = Gauge("millrace_lag_records", "Records not yet committed, by topic.", ["step", "topic"])
+
+# Gateway
+UPLOADS = Counter("millrace_uploads", "Uploads, by lane and HTTP status.", ["lane", "status"])
+REQUEST_SECONDS = Histogram(
+    "millrace_request_seconds", "HTTP requests by route template.", ["method", "route", "status"], buckets=_SECONDS
+)

@@ -1,0 +1,92 @@
+"""The topic table: the one place that declares every topic, its key, limits and readers.
+
+Topic creation, manifests, the AsyncAPI document and the docs are made from it or checked against it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Lane = Literal["realtime", "bulk"]
+
+DAY_SECONDS = 24 * 3600
+MEBIBYTE = 1024 * 1024
+MAX_IMAGE_RECORD_BYTES = 8 * MEBIBYTE
+# A dead letter carries the largest input plus the headers that explain it.
+MAX_DEAD_LETTER_RECORD_BYTES = MAX_IMAGE_RECORD_BYTES + 64 * 1024
+# Larger pictures go to the object store first: Kafka's own default record limit less headers and overhead.
+MAX_INLINE_IMAGE_BYTES = 900_000
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One topic as it must exist on the broker; `name` is without the installation's prefix."""
+
+    name: str
+    key: str
+    description: str
+    partitions: int
+    max_record_bytes: int
+    retention_seconds: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    compacted: bool = False
+    lane: Lane | None = None
+
+    def config(self) -> dict[str, str]:
+        """Return the broker-side topic configuration."""
+        common = {"max.message.bytes": str(self.max_record_bytes + 16 * 1024)}  # batch and header overhead
+        if self.compacted:
+            return common | {"cleanup.policy": "compact"}
+        return common | {"cleanup.policy": "delete", "retention.ms": str(self.retention_seconds * 1000)}
+
+
+IMAGES_REALTIME = Topic(
+    name="images.realtime.v1",
+    key="image id",
+    description="Pictures somebody is waiting for: the encoded image, or empty with ce_dataref.",
+    partitions=12,
+    max_record_bytes=MAX_IMAGE_RECORD_BYTES,
+    retention_seconds=7 * DAY_SECONDS,
+    producers=("gateway", "publish", "any client"),
+    consumers=("predict", "archive"),
+    lane="realtime",
+)
+IMAGES_BULK = Topic(
+    name="images.bulk.v1",
+    key="image id",
+    description="Pictures nobody is waiting for: the encoded image, or empty with ce_dataref.",
+    partitions=12,
+    max_record_bytes=MAX_IMAGE_RECORD_BYTES,
+    retention_seconds=7 * DAY_SECONDS,
+    producers=("gateway", "publish", "any client"),
+    consumers=("predict", "archive"),
+    lane="bulk",
+)
+PREDICTIONS = Topic(
+    name="predictions.v1",
+    key="image id",
+    description="One record per image and deployment: the outcome, one entry per model, the receipt.",
+    partitions=12,
+    max_record_bytes=MEBIBYTE,
+    retention_seconds=7 * DAY_SECONDS,
+    producers=("predict",),
+    consumers=("store", "gateway", "any client"),
+)
+DEAD_LETTERS = Topic(
+    name="dead-letters.v1",
+    key="original key",
+    description="The original value of a record that could not be finished; why, where and how often in headers.",
+    partitions=4,
+    max_record_bytes=MAX_DEAD_LETTER_RECORD_BYTES,
+    retention_seconds=30 * DAY_SECONDS,
+    producers=("predict", "store"),
+    consumers=("store",),
+)
+
+TOPICS = (IMAGES_REALTIME, IMAGES_BULK, PREDICTIONS, DEAD_LETTERS)
+LANES: dict[Lane, Topic] = {"realtime": IMAGES_REALTIME, "bulk": IMAGES_BULK}
+
+
+def lane_of(topic_name: str) -> Lane:
+    """Return the lane of a topic name, with or without prefix; anything else counts as bulk."""
+    return "realtime" if topic_name.endswith(IMAGES_REALTIME.name) else "bulk"
