@@ -2,6 +2,7 @@
 
     MillraceError(code, retryable)
     ├─ ContractError       not retryable   bytes break the contract        -> dead letter; HTTP 400/422
+    │  └─ RecordTooLargeError              the broker refuses the size     -> told to the publisher; HTTP 413
     ├─ ImageError          not retryable   the image is at fault           -> dead letter; HTTP 413/415/422
     │  ├─ UndecodableImageError
     │  ├─ ImageTooLargeError
@@ -38,6 +39,12 @@ class ContractError(MillraceError):
     """The record's bytes or headers break the published contract."""
 
     code = "contract"
+
+
+class RecordTooLargeError(ContractError):
+    """The record is larger than its topic allows."""
+
+    code = "record_too_large"
 
 
 class ImageError(MillraceError):
