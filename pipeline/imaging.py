@@ -1,0 +1,222 @@
+"""Bytes of a picture -> RGB uint8 at the sizes the models want; every limit on Pillow lives here.
+
+The invariant: no pixel is allocated before bytes and header are within the limits, and whatever a decoder
+raises comes out as `UndecodableImageError`. Pure apart from two process-wide settings of Pillow, both made
+so that behaviour does not depend on them: its own bomb check is off (`MAX_IMAGE_PIXELS`; ours is stricter
+and has a setting), and its warnings are ignored (a warning about odd metadata is no fault, even where
+warnings are errors). Colour profiles are ignored: pixels are taken as sRGB.
+"""
+
+import re
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from pipeline import formats
+from pipeline.errors import ImageTooLargeError, MillraceError, UndecodableImageError
+
+Image.MAX_IMAGE_PIXELS = None
+
+#: Transparent pixels show this: what a page shows behind a picture, and what JPEG exports of one have.
+BACKGROUND = (255, 255, 255)
+# Decode to at least this multiple of the wanted size before the exact resize. Pillow's documentation calls
+# the result of 2.0 hard to tell from a resize of the full picture; a large JPEG decodes about 8 times faster.
+REDUCING_GAP = 2.0
+# A picture this large holds up to 4 bytes a pixel while it is decoded; one at a time, or a pool of 16 threads
+# could hold 6 GiB of them.
+LARGE_PIXELS = 16_000_000
+MAX_REASON_CHARACTERS = 200
+
+#: Width and height in pixels; a picture is stretched to it, its aspect ratio is not kept.
+Size = tuple[int, int]
+
+# One decoder is tried, the one the first bytes name: Pillow has many more, some of them never fuzzed.
+_DECODERS = {
+    "image/jpeg": JpegImagePlugin.JpegImageFile.format,
+    "image/png": PngImagePlugin.PngImageFile.format,
+    "image/webp": WebPImagePlugin.WebPImageFile.format,
+    "image/gif": GifImagePlugin.GifImageFile.format,
+    "image/avif": AvifImagePlugin.AvifImageFile.format,
+    "image/bmp": BmpImagePlugin.BmpImageFile.format,
+    "image/tiff": TiffImagePlugin.TiffImageFile.format,
+}
+_EXIF_ORIENTATION = 0x0112
+# EXIF orientation -> what undoes it (JEITA CP-3451, 4.6.4.A).
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
+_IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_one_large_picture = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is refused before any pixel is allocated."""
+
+    max_bytes: int = 32 * 1024 * 1024
+    max_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture: one array per wanted size, and the size it had, upright."""
+
+    pixels: tuple[NDArray[np.uint8], ...]  # each (H, W, 3)
+    width: int
+    height: int
+
+
+def decode(data: bytes, sizes: Sequence[Size], limits: Limits = Limits()) -> Picture:
+    """Decode the first frame of a picture, upright, over `BACKGROUND`, at each of `sizes`.
+
+    Thread-safe; Pillow releases the GIL for most of the work.
+
+    Raises:
+        UndecodableImageError: not a picture, not a format of `formats.DECODABLE`, or broken.
+        ImageTooLargeError: more bytes or pixels than `limits`.
+    """
+    if not data:
+        raise UndecodableImageError("the picture is empty (0 bytes)")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(f"the picture has {len(data):,} bytes, the limit is {limits.max_bytes:,}")
+    media = formats.media_type(data[: formats.HEAD_BYTES])
+    if media not in formats.DECODABLE:
+        known = f"{media} is not supported" if media else f"not a picture: the data begin with {data[:12]!r}"
+        raise UndecodableImageError(known)
+    _ignore_pillow_warnings()
+    try:
+        return _decode(data, media, sizes, limits)
+    except MillraceError:
+        raise
+    except Exception as error:  # decoders raise nearly every class there is, on bytes made for it
+        raise UndecodableImageError(_reason(media, error)) from None
+
+
+def _decode(data: bytes, media: str, sizes: Sequence[Size], limits: Limits) -> Picture:
+    if media == "image/webp":  # Pillow allocates the canvas of a WebP when it opens it
+        _check_pixels(_webp_canvas(data), limits)
+    with Image.open(BytesIO(data), formats=(_DECODERS[media],)) as image:
+        _check_pixels(image.size, limits)
+        width, height = image.size
+        orientation = 1
+        if is_jpeg := media == "image/jpeg":
+            orientation = _orientation(image)
+            wanted = [_lying(size, orientation) for size in sizes]
+            gap = tuple(int(max(side) * REDUCING_GAP) for side in zip(*wanted, strict=True))
+            image.draft(None, (gap[0], gap[1]))
+        large = image.width * image.height > LARGE_PIXELS
+        with _one_large_picture if large else nullcontext():
+            image.load()
+            if not is_jpeg:  # elsewhere the tag may come after the pixels, or be applied by `load`
+                orientation = _orientation(image)
+            flat = _to_plain_mode(image)
+            pixels = tuple(_render(flat, size, orientation) for size in sizes)
+    if orientation in _ON_ITS_SIDE:
+        width, height = height, width
+    return Picture(pixels, width, height)
+
+
+def _check_pixels(size: Size, limits: Limits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise UndecodableImageError(f"the picture has no pixels ({width} x {height})")
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"the picture has {width:,} x {height:,} pixels, the limit is {limits.max_pixels:,} in all"
+        )
+
+
+def _webp_canvas(data: bytes) -> Size:
+    """Read width and height of a WebP from its header (RFC 9649, sections 2.5 to 2.7)."""
+    chunk = data[12:16]
+    if chunk == b"VP8X" and len(data) >= 30:
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if chunk == b"VP8L" and len(data) >= 25:
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 " and len(data) >= 30:
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    raise UndecodableImageError("image/webp: the header is cut off")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # unreadable metadata is no reason to refuse readable pixels
+        return 1
+    return value if isinstance(value, int) and value in _UNDO else 1
+
+
+def _lying(size: Size, orientation: int) -> Size:
+    """Return `size` as the stored, possibly rotated picture lies."""
+    return (size[1], size[0]) if orientation in _ON_ITS_SIDE else size
+
+
+def _to_plain_mode(image: Image.Image) -> Image.Image:
+    """Convert to a mode that can be averaged over pixels: L, LA, RGB, RGBA, CMYK or YCbCr."""
+    transparent = "transparency" in image.info
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        return Image.fromarray(_SIXTEEN_TO_EIGHT[np.clip(np.asarray(image), 0, 65535)])
+    if image.mode == "F":
+        raise UndecodableImageError("floating-point pixels have no agreed range and are not supported")
+    if image.mode in ("P", "PA") or transparent:
+        return image.convert("RGBA" if transparent or image.mode == "PA" else "RGB")
+    return image.convert("L") if image.mode == "1" else image
+
+
+def _render(image: Image.Image, size: Size, orientation: int) -> NDArray[np.uint8]:
+    image = image.resize(_lying(size, orientation), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+    if image.mode in ("LA", "RGBA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        backdrop = Image.new("RGB", image.size, BACKGROUND)
+        backdrop.paste(image, mask=image.getchannel("A"))
+        image = backdrop
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    if orientation in _UNDO:
+        image = image.transpose(_UNDO[orientation])
+    return np.asarray(image)  # (H, W, 3) uint8
+
+
+def _ignore_pillow_warnings() -> None:
+    # Not `catch_warnings`: it swaps process-wide state and is not safe in several threads at once. Looked at
+    # every time because test runners put their own filters in front.
+    if warnings.filters[:1] != [_IGNORE_PILLOW]:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _reason(media: str, error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # its text is the address of our buffer
+        text = "the header cannot be read"
+    if isinstance(error, MemoryError):
+        text = "the decoder ran out of memory"
+    return f"{media}: {text}"[:MAX_REASON_CHARACTERS]
+
+
+# Rounded, not cut: 65535 -> 255 and 257 * n -> n.
+_SIXTEEN_TO_EIGHT = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
