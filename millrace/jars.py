@@ -16,12 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigurationError, DependencyError
 
 if TYPE_CHECKING:
-    from jgo.maven import Artifact
+    from jgo.maven import Artifact, MavenContext
 
 KAFKA_VERSION = "4.3.1"
 _ROOTS = (
@@ -107,7 +107,7 @@ def _fetch(
             ) from error
 
 
-def _maven(repository: Path) -> Any:
+def _maven(repository: Path) -> "MavenContext":
     from jgo.config import GlobalSettings
     from jgo.constants import MAVEN_CENTRAL_URL
     from jgo.maven import MavenContext, PythonResolver
@@ -120,7 +120,7 @@ def _maven(repository: Path) -> Any:
     )
 
 
-def _artifact(context: Any, coordinate: str) -> "Artifact":
+def _artifact(context: "MavenContext", coordinate: str) -> "Artifact":
     group, name, version = coordinate.split(":")
     return context.project(group, name).at_version(version).artifact()
 

@@ -73,7 +73,7 @@ def _holder(port: int) -> str | None:
         if not process.name.isdigit():
             continue
         try:
-            if any(os.readlink(descriptor) in inodes for descriptor in (process / "fd").iterdir()):
+            if any(str(descriptor.readlink()) in inodes for descriptor in (process / "fd").iterdir()):
                 return name_of(int(process.name))
         except OSError:
             continue  # ended meanwhile, or not ours to look into

@@ -172,17 +172,12 @@ class EmbeddedPostgres:
             for path in (unfinished, for_initdb):
                 os.chown(path, run_as.user_id, run_as.group_id)
         try:
-            self._run_tool(
-                [
-                    *(_binary("initdb"), "-D", unfinished, "-U", SUPERUSER, f"--pwfile={for_initdb}"),
-                    *("--auth=scram-sha-256", "--encoding=UTF8", "--no-instructions"),
-                    # The built-in locale: the same order on every machine, whatever locales it has installed.
-                    *("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
-                ],
-                run_as,
-            )
-            single = [_binary("postgres"), "--single", "-D", unfinished, "postgres"]
-            self._run_tool(single, run_as, f"CREATE DATABASE {DATABASE}\n")
+            options = ["-U", SUPERUSER, f"--pwfile={for_initdb}", "--auth=scram-sha-256", "--no-instructions"]
+            # The built-in locale: the same order on every machine, whatever locales it has installed.
+            locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+            self._run_tool([_binary("initdb"), f"--pgdata={unfinished}", *options, *locale], run_as)
+            single = ["--single", "-D", str(unfinished), "postgres"]
+            self._run_tool([_binary("postgres"), *single], run_as, f"CREATE DATABASE {DATABASE}\n")
         finally:
             for_initdb.unlink()
         password_file.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ async def eventually(check: Callable[[], Awaitable[T] | T], timeout_seconds: flo
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
-        failure = None
+        failure: AssertionError | None = None
+        result: T | None = None
         try:
             answer = check()
             result = await answer if inspect.isawaitable(answer) else answer
@@ -29,7 +30,6 @@ async def eventually(check: Callable[[], Awaitable[T] | T], timeout_seconds: flo
                 return result
         except AssertionError as error:
             failure = error
-            result = None  # type: ignore[assignment]  # only shown
         if time.monotonic() >= deadline:
             raise _gave_up(result, timeout_seconds) from failure
         await asyncio.sleep(_POLL_SECONDS)
@@ -39,14 +39,14 @@ def eventually_sync(check: Callable[[], T], timeout_seconds: float) -> T:
     """Do what `eventually` does, blocking, in a test that has no event loop."""
     deadline = time.monotonic() + timeout_seconds
     while True:
-        failure = None
+        failure: AssertionError | None = None
+        result: T | None = None
         try:
             result = check()
             if result:
                 return result
         except AssertionError as error:
             failure = error
-            result = None  # type: ignore[assignment]  # only shown
         if time.monotonic() >= deadline:
             raise _gave_up(result, timeout_seconds) from failure
         time.sleep(_POLL_SECONDS)

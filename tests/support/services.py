@@ -142,7 +142,7 @@ async def execute(dsn: str, *statements: str) -> None:
 
 async def delete_topics(bootstrap_servers: str, prefix: str) -> None:
     """Delete every topic whose name starts with the prefix."""
-    from aiokafka.admin import AIOKafkaAdminClient
+    from aiokafka.admin import AIOKafkaAdminClient  # type: ignore[import-untyped]
 
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     await admin.start()
@@ -176,7 +176,7 @@ def run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
 def _containers_wanted() -> bool:
     if os.environ.get("MILLRACE_TEST_CONTAINERS") != "1":
         return False
-    import docker
+    import docker  # type: ignore[import-untyped]
 
     try:
         client = docker.from_env()
