@@ -10,7 +10,7 @@ from pipeline.admin import PartitionLag
 from pipeline.broker import Publisher
 from pipeline.errors import ConfigurationError
 from pipeline.events import Outgoing
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load
 from pipeline.topics import IMAGES_BULK, TOPICS
 
 pytestmark = pytest.mark.asyncio
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio
 @pytest.fixture
 def settings(kafka: str, topic_prefix: str) -> Settings:
     """Settings of an installation of its own, without topics."""
-    return Settings(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix)
+    return load(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix)
 
 
 async def test_apply_creates_the_table_and_is_idempotent(settings: Settings) -> None:
@@ -53,14 +53,14 @@ async def test_a_replication_factor_above_the_brokers_names_the_setting(
     kafka: str, topic_prefix: str
 ) -> None:
     """Too many replicas for the cluster is a configuration error that names the variable."""
-    settings = Settings(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_replication_factor=5)
+    settings = load(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_replication_factor=5)
     with pytest.raises(ConfigurationError, match="MILLRACE_TOPIC_REPLICATION_FACTOR"):
         await broker.apply_topics(settings, [IMAGES_BULK])
 
 
 async def test_lag_counts_from_the_commit_or_from_the_start(kafka: str, topic_prefix: str) -> None:
     """A group is behind by what it has not committed, one that never committed by everything that is kept."""
-    settings = Settings(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_partitions=1)
+    settings = load(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_partitions=1)
     await broker.apply_topics(settings)
     publisher = Publisher(settings, client_id="test")
     await publisher.start()

@@ -14,7 +14,7 @@ from pipeline import broker
 from pipeline.broker import LiveReader, Place, Publisher
 from pipeline.errors import DependencyError, RecordTooLargeError
 from pipeline.events import Outgoing, Record
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load
 from pipeline.topics import MAX_IMAGE_RECORD_BYTES, Topic
 from tests.support.eventually import eventually
 
@@ -36,7 +36,7 @@ MEBIBYTE = 1024 * 1024
 @pytest.fixture
 async def settings(kafka: str, topic_prefix: str) -> Settings:
     """Settings of an installation of its own, with the topic `plain.v1`."""
-    settings = Settings(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix)
+    settings = load(kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix)
     await broker.apply_topics(settings, [PLAIN])
     return settings
 
@@ -149,7 +149,7 @@ async def test_an_unknown_topic_is_named(settings: Settings) -> None:
 
 async def test_an_absent_broker_is_told_in_time() -> None:
     """Without a broker, start(wait=False), publish and ping end with an error that names the address."""
-    settings = Settings(kafka_bootstrap_servers="127.0.0.1:9")
+    settings = load(kafka_bootstrap_servers="127.0.0.1:9")
     publisher = Publisher(settings, client_id="test", timeout_seconds=0.5)
     with pytest.raises(DependencyError, match="127.0.0.1:9"):
         await publisher.start(wait=False)
@@ -225,7 +225,7 @@ async def test_live_reader_ends_when_stopped(settings: Settings) -> None:
 
 async def test_a_broker_killed_while_publishing_loses_nothing(own_kafka: EmbeddedKafka) -> None:
     """Records published across a SIGKILL of the broker are each acknowledged, kept once and seen by the reader."""
-    settings = Settings(kafka_bootstrap_servers=own_kafka.bootstrap_servers)
+    settings = load(kafka_bootstrap_servers=own_kafka.bootstrap_servers)
     await broker.apply_topics(settings, [PLAIN])
     places: dict[int, Place] = {}
     async with publishing(settings) as publisher:
@@ -248,14 +248,14 @@ async def test_a_broker_killed_while_publishing_loses_nothing(own_kafka: Embedde
                     await asyncio.sleep(0.005)
 
         watching = asyncio.create_task(watch())
-        load = asyncio.create_task(publish_all())
+        publishing_all = asyncio.create_task(publish_all())
         await eventually(lambda: len(places) >= 100, 20)
         await asyncio.to_thread(own_kafka.kill)
         with pytest.raises(DependencyError):
             await broker.ping(settings, 2.0)
         await asyncio.to_thread(own_kafka.start)
         async with asyncio.timeout(60):
-            await load
+            await publishing_all
         assert set(range(600)) == set(places)
         # The idempotent producer repeats batches, the broker drops the copies: none is seen twice.
         await eventually(lambda: len(seen) >= 600, 30)
