@@ -37,9 +37,9 @@ _log = logs.get(__name__)
 
 
 class TopicState(msgspec.Struct, frozen=True, kw_only=True):
-    """One topic of the table as it is on the broker; 0 partitions: it does not exist."""
+    """One topic of the table as it is on the broker; `name` is the broker's."""
 
-    topic: str
+    name: str
     partitions: int
     wanted_partitions: int
     replication_factor: int
@@ -47,6 +47,11 @@ class TopicState(msgspec.Struct, frozen=True, kw_only=True):
     unhealthy_partitions: int
     #: Setting -> (on the broker, in the table), only where they differ.
     differences: dict[str, tuple[str | None, str]]
+
+    @property
+    def exists(self) -> bool:
+        """Whether the broker has the topic."""
+        return self.partitions > 0
 
     @property
     def is_right(self) -> bool:
@@ -103,19 +108,19 @@ async def apply_topics(settings: Settings, topics: Sequence[Topic] = TOPICS) -> 
         states = await _describe(admin, settings, topics)
         for topic, state in zip(topics, states, strict=True):
             done = []
-            if state.partitions == 0:
+            if not state.exists:
                 done.append(await _create(admin, settings, topic))
             elif state.partitions < state.wanted_partitions:
-                await admin.create_partitions({state.topic: NewPartitions(state.wanted_partitions)})
+                await admin.create_partitions({state.name: NewPartitions(state.wanted_partitions)})
                 detail = f"{state.partitions} -> {state.wanted_partitions}"
-                done.append(TopicChange(topic=state.topic, change="partitions added", detail=detail))
-            if state.partitions and state.differences:
+                done.append(TopicChange(topic=state.name, change="partitions added", detail=detail))
+            if state.exists and state.differences:
                 await _mend(admin, state)
                 detail = ", ".join(
                     f"{name}: {old} -> {new}" for name, (old, new) in state.differences.items()
                 )
-                done.append(TopicChange(topic=state.topic, change="configuration mended", detail=detail))
-            changes += done or [TopicChange(topic=state.topic, change="kept")]
+                done.append(TopicChange(topic=state.name, change="configuration mended", detail=detail))
+            changes += done or [TopicChange(topic=state.name, change="kept")]
         # A broker answers before it has learnt of the change itself; whoever publishes next must find it.
         while not all(state.is_right for state in await _describe(admin, settings, topics)):
             await asyncio.sleep(_RETRY_SECONDS)
@@ -187,7 +192,7 @@ async def _describe(
         )
         states.append(
             TopicState(
-                topic=name,
+                name=name,
                 partitions=len(partitions),
                 wanted_partitions=wanted_partitions(settings, topic),
                 replication_factor=min((len(partition["replicas"]) for partition in partitions), default=0),
@@ -241,9 +246,9 @@ async def _create(admin: AIOKafkaAdminClient, settings: Settings, topic: Topic) 
 
 async def _mend(admin: AIOKafkaAdminClient, state: TopicState) -> None:
     # AlterConfigs replaces everything that is set on the topic: what others set must be sent along.
-    kept = {key: value for key, (value, is_own) in (await _config(admin, state.topic)).items() if is_own}
+    kept = {key: value for key, (value, is_own) in (await _config(admin, state.name)).items() if is_own}
     wanted = kept | {key: value for key, (_, value) in state.differences.items()}
-    (response,) = await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, state.topic, wanted)])
+    (response,) = await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, state.name, wanted)])
     code, message, *_ = response.resources[0]
     _check(code, message)
 
