@@ -1,0 +1,64 @@
+"""What a model is to the engine: a name, a version, an input size, and a forward pass over pixels.
+
+Normalisation is the model's own business: it gets the pixels as decoded, so that several models share one
+decode. A model is called from one thread only.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.events import Box
+
+Task = Literal["classify", "detect", "embed", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a model says about one picture; the engine refuses numbers that are not finite."""
+
+    label: str | None = None
+    score: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    boxes: tuple[Box, ...] = ()
+    embedding: NDArray[np.float32] | None = None  # (D,)
+
+
+class Model(Protocol):
+    """One model, loaded on its device."""
+
+    @property
+    def name(self) -> str:
+        """Its specification, as in `MILLRACE_MODELS`."""
+
+    @property
+    def version(self) -> str:
+        """Changes whenever outputs may change."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, or of what stands for them."""
+
+    @property
+    def task(self) -> Task:
+        """What kind of output it gives."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Width and height of the pixels it wants; models that agree share one decode."""
+
+    def warm_up(self) -> None:
+        """Do once what makes a first pass slow; called before readiness, in the thread of `forward`.
+
+        Raises:
+            Exception: the model cannot work here; the process ends with a `ConfigurationError`.
+        """
+
+    def forward(self, batch: torch.Tensor) -> list[Output]:
+        """Evaluate a batch and return one output per picture, in order, off the device.
+
+        `batch` is (N, 3, H, W) uint8 RGB on the model's device, channels last in memory.
+        """
