@@ -1,0 +1,217 @@
+"""Reaching PostgreSQL: the pool, errors sorted into ours, named queries, migrations.
+
+Every statement runs in an explicit transaction, without named prepared statements, so that PgBouncer may stand
+in between in any of its modes. Nothing here knows a table.
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterator
+from importlib import resources
+from typing import Any
+
+import asyncpg
+
+from pipeline.errors import ConfigurationError, DependencyError, MillraceError, StorageRefusedError
+from pipeline.settings import PREFIX, Settings
+
+CONNECT_SECONDS = 10.0
+# A server that vanished without a word is noticed by this. A batch of 16 MiB takes well under a second; on a
+# disk a hundred times slower it still fits.
+STATEMENT_SECONDS = 60.0
+_URL_SETTING = f"{PREFIX}DATABASE_URL"
+# SQLSTATE classes that blame the data: data exception, integrity constraint, program limit (a vector or an index
+# entry too long). Everything else may pass: with time, a failover, a migration, more room.
+_REFUSED_CLASSES = frozenset({"22", "23", "54"})
+# Wrong user, password or database name: no use in trying again at start.
+_MISCONFIGURED = frozenset({"28000", "28P01", "3D000"})
+# "millrace" in ASCII; advisory locks are named by a number.
+_MIGRATION_LOCK = 0x6D696C6C72616365
+
+Connection = asyncpg.pool.PoolConnectionProxy
+
+
+def _read_queries() -> dict[str, str]:
+    """Read `queries/*.sql`: each query follows `-- name: NAME` and a line that says what it is for."""
+    queries: dict[str, str] = {}
+    for file in sorted(resources.files("pipeline").joinpath("queries").iterdir(), key=lambda file: file.name):
+        for part in re.split(r"^-- name: ", file.read_text("utf-8"), flags=re.MULTILINE)[1:]:
+            name, _, text = part.partition("\n")
+            if name in queries or not text.startswith("-- "):
+                raise AssertionError(
+                    f"{file.name}: query {name!r} is there twice or does not say what it is for"
+                )
+            queries[name] = text.strip()
+    return queries
+
+
+QUERIES = _read_queries()
+
+
+@contextlib.contextmanager
+def sorted_errors() -> Iterator[None]:
+    """Raise what asyncpg raises as one of our errors.
+
+    Raises:
+        StorageRefusedError: the data is at fault.
+        DependencyError: anything else; trying again is safe, as every write is idempotent.
+    """
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        raise _sorted(error) from error
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError) as error:
+        raise DependencyError(f"PostgreSQL: {error or type(error).__name__}") from error
+
+
+def _sorted(error: asyncpg.PostgresError) -> MillraceError:
+    state = error.sqlstate or ""
+    # Never the detail: it quotes the row.
+    text = f"PostgreSQL {state}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if state[:2] in _REFUSED_CLASSES:
+        return StorageRefusedError(text.replace("\x00", "\\0"))
+    return DependencyError(text)
+
+
+class Pool:
+    """Connections to one database, made when they are needed and again when they are lost."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, settings: Settings) -> "Pool":
+        """Prepare a pool without connecting.
+
+        Raises:
+            ConfigurationError: the URL cannot be read.
+        """
+        try:
+            pool = await asyncpg.create_pool(
+                settings.resolved_database,
+                min_size=0,
+                max_size=settings.database_pool_size,
+                timeout=CONNECT_SECONDS,
+                command_timeout=STATEMENT_SECONDS,
+                # PgBouncer in transaction mode gives the next transaction another server, which does not know the
+                # statement. Parsing again costs 0.1 ms against a batch of hundreds of rows.
+                statement_cache_size=0,
+                server_settings={"application_name": "millrace"},
+            )
+        except (ValueError, asyncpg.InterfaceError, OSError) as error:
+            raise ConfigurationError(f"{_URL_SETTING}: {error}") from None
+        return cls(pool)
+
+    async def close(self) -> None:
+        """Close all connections, at once if they do not close in time."""
+        try:
+            await asyncpg.compat.wait_for(self._pool.close(), CONNECT_SECONDS)
+        except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            self._pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Commit at the end, roll back on any error; errors come out as `sorted_errors` says."""
+        with sorted_errors():
+            async with self._pool.acquire(timeout=STATEMENT_SECONDS) as connection, connection.transaction():
+                yield connection
+
+    async def rows(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run one named query in a transaction of its own."""
+        async with self.transaction() as connection:
+            return await connection.fetch(QUERIES[name], *arguments)
+
+    async def check(self) -> None:
+        """See that the server can be used and is migrated.
+
+        Raises:
+            ConfigurationError: it refuses the user, the password or the name of the database.
+            DependencyError: it does not answer, or not all migrations were applied yet.
+        """
+        try:
+            applied = await self._applied()
+        except DependencyError as error:
+            if (
+                isinstance(error.__cause__, asyncpg.PostgresError)
+                and error.__cause__.sqlstate in _MISCONFIGURED
+            ):
+                raise ConfigurationError(f"{_URL_SETTING}: {error.__cause__}") from None
+            raise
+        if pending := [name for name, _, _ in _migrations() if name not in applied]:
+            raise DependencyError(
+                f"PostgreSQL lacks migrations, run `millrace migrate`: {', '.join(pending)}"
+            )
+
+    async def _applied(self) -> set[str]:
+        async with self.transaction() as connection:
+            if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
+                return set()
+            return {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
+
+
+async def migrate(dsn: str) -> list[str]:
+    """Apply the migrations that were not applied yet and return their names.
+
+    Each file is one transaction. Safe to run from several processes at once and over and over. A database that
+    is ahead of this code is left as it is.
+
+    Raises:
+        ConfigurationError: the database refuses the user, an applied file was changed since, or one cannot be
+            applied (such as a missing pgvector).
+        DependencyError: the database does not answer.
+    """
+    try:
+        with sorted_errors():
+            connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, statement_cache_size=0)
+    except DependencyError as error:
+        if isinstance(error.__cause__, asyncpg.PostgresError) and error.__cause__.sqlstate in _MISCONFIGURED:
+            raise ConfigurationError(f"{_URL_SETTING}: {error.__cause__}") from None
+        raise
+    try:
+        return [name for name, text, digest in _migrations() if await _apply(connection, name, text, digest)]
+    finally:
+        await connection.close(timeout=CONNECT_SECONDS)
+
+
+def _migrations() -> list[tuple[str, str, str]]:
+    """Return (name, text, SHA-256) of every migration in order."""
+    folder = resources.files("pipeline").joinpath("migrations")
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".sql")), key=lambda file: file.name
+    )
+    return [
+        (
+            file.name.removesuffix(".sql"),
+            file.read_text("utf-8"),
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+        )
+        for file in files
+    ]
+
+
+async def _apply(connection: asyncpg.Connection, name: str, text: str, digest: str) -> bool:
+    """Apply one migration unless it is there; return whether it was applied now."""
+    with sorted_errors():
+        async with connection.transaction():
+            # Held to the end of this transaction: another process waits here, then finds the row.
+            await connection.fetch("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
+            await connection.execute(
+                "CREATE TABLE IF NOT EXISTS schema_migrations "
+                "(name text PRIMARY KEY, sha256 text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
+            )
+            applied = await connection.fetchval("SELECT sha256 FROM schema_migrations WHERE name = $1", name)
+            if applied is not None and applied != digest:
+                raise ConfigurationError(
+                    f"migration {name} was changed after it was applied to this database; restore the file and add a new one"
+                )
+            if applied is None:
+                try:
+                    await connection.execute(text)
+                except (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError,
+                        asyncpg.UndefinedFileError, asyncpg.SyntaxOrAccessError) as error:  # fmt: skip
+                    raise ConfigurationError(f"migration {name} cannot be applied: {error}") from error
+                await connection.execute(
+                    "INSERT INTO schema_migrations (name, sha256) VALUES ($1, $2)", name, digest
+                )
+    return applied is None

@@ -1,0 +1,65 @@
+-- name: save_predictions
+-- Insert predictions in the given order; the first stored wins, but `predicted` replaces `expired`.
+INSERT INTO predictions AS old (prediction_id, image_id, deployment, lane, outcome, models, receipt, input_sha256,
+                                reason, traceparent, predicted_at)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::jsonb[],
+                     $8::text[], $9::text[], $10::text[], $11::timestamptz[])
+    AS new (prediction_id, image_id, deployment, lane, outcome, models, receipt, input_sha256,
+            reason, traceparent, predicted_at)
+-- Late is what was made before the deletion, or made later from the very record that was deleted.
+WHERE NOT EXISTS (SELECT FROM deleted_images AS deleted
+                  WHERE deleted.image_id = new.image_id
+                    AND (new.predicted_at <= deleted.deleted_at
+                         OR (new.receipt->>'topic', new.receipt->>'partition', new.receipt->>'offset')
+                          = (deleted.topic, deleted.partition::text, deleted."offset"::text)))
+ON CONFLICT (prediction_id) DO UPDATE SET
+    outcome = excluded.outcome,
+    models = excluded.models,
+    receipt = excluded.receipt,
+    input_sha256 = excluded.input_sha256,
+    reason = excluded.reason,
+    traceparent = excluded.traceparent,
+    predicted_at = excluded.predicted_at
+WHERE old.outcome = 'expired' AND excluded.outcome = 'predicted'
+  AND old.image_id = excluded.image_id AND old.deployment = excluded.deployment
+  AND (old.input_sha256 = excluded.input_sha256) IS NOT FALSE
+RETURNING prediction_id
+
+-- name: save_embeddings
+-- Insert the vectors of predictions that were just stored; each is a slice of one long array.
+INSERT INTO embeddings (prediction_id, model, dimension, embedding)
+SELECT prediction_id, model, stop - start, ($5::real[])[start + 1:stop]::vector
+FROM unnest($1::text[], $2::text[], $3::integer[], $4::integer[]) AS new (prediction_id, model, start, stop)
+
+-- name: prediction_identities
+-- Tell a repeat (same picture) from a conflict.
+SELECT prediction_id, image_id, input_sha256 FROM predictions WHERE prediction_id = ANY($1::text[])
+
+-- name: predictions_of_image
+-- All predictions of one image, oldest first.
+SELECT prediction_id, position, image_id, deployment, lane, outcome, models, receipt, reason, traceparent,
+       predicted_at, stored_at
+FROM predictions WHERE image_id = $1 ORDER BY position
+
+-- name: recent_predictions
+-- A page of predictions, newest first.
+SELECT prediction_id, position, image_id, deployment, lane, outcome, models, receipt, reason, traceparent,
+       predicted_at, stored_at
+FROM predictions
+WHERE ($2::bigint IS NULL OR position < $2) AND ($3::text IS NULL OR deployment = $3)
+ORDER BY position DESC LIMIT $1
+
+-- name: embeddings_of_prediction
+-- The vectors of one prediction, by model.
+SELECT model, embedding::real[] AS embedding FROM embeddings WHERE prediction_id = $1 ORDER BY model
+
+-- name: accounting_of_results
+-- Every result of the images whose ids start with $1, or are in $2.
+SELECT image_id, deployment, outcome, prediction_id FROM predictions
+WHERE starts_with(image_id, $1) AND ($2::text[] IS NULL OR image_id = ANY($2))
+
+-- name: accounting_of_dead_letters
+-- Every dead letter of the images whose ids start with $1, or are in $2.
+SELECT image_id, consumer_group, topic, partition, "offset", code, redriven_at IS NOT NULL AS redriven
+FROM dead_letters
+WHERE starts_with(coalesce(image_id, ''), $1) AND ($2::text[] IS NULL OR image_id = ANY($2))

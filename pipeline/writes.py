@@ -1,0 +1,200 @@
+"""Writing batches inside a transaction that the caller holds: one statement per table, keys sorted.
+
+Sorted keys make two writers of the same rows wait for each other in one order, so they never deadlock; unnest
+keeps the order of its arrays.
+"""
+
+import base64
+import binascii
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pipeline.deadletters import DeadLetter
+from pipeline.errors import StorageRefusedError
+from pipeline.events import Prediction
+from pipeline.postgres import QUERIES, Connection
+from pipeline.results import ImageRow, SavedImage, encode_headers
+
+
+async def save_predictions(connection: Connection, predictions: Sequence[Prediction]) -> Counter[str]:
+    """Store predictions with their embeddings; count `stored`, `repeats`, `conflicts` and `deleted`.
+
+    Raises:
+        StorageRefusedError: an embedding is not what it says.
+    """
+    first: dict[str, Prediction] = {}
+    for prediction in predictions:
+        known = first.get(prediction.id)
+        if known is None or (_replaces(prediction, known)):
+            first[prediction.id] = prediction
+    ordered = [first[key] for key in sorted(first)]
+    rows = await connection.fetch(
+        QUERIES["save_predictions"], *_transposed([_prediction(p) for p in ordered])
+    )
+    stored = {row["prediction_id"] for row in rows}
+    await _save_embeddings(connection, [prediction for prediction in ordered if prediction.id in stored])
+    if len(stored) == len(predictions):
+        return Counter(stored=len(stored))
+    found = await connection.fetch(QUERIES["prediction_identities"], list(first))
+    kept = {row["prediction_id"]: (row["image_id"], row["input_sha256"]) for row in found}
+    return Counter(_became(prediction, stored, first, kept) for prediction in predictions)
+
+
+def _replaces(new: Prediction, old: Prediction) -> bool:
+    """Whether `predicted` takes the place of `expired`; the statement decides the same for stored rows."""
+    return (
+        (old.outcome, new.outcome) == ("expired", "predicted")
+        and (old.image_id, old.deployment) == (new.image_id, new.deployment)
+        and not _differ(old.receipt.input_sha256, new.receipt.input_sha256)
+    )
+
+
+def _became(
+    prediction: Prediction,
+    stored: set[str],
+    first: dict[str, Prediction],
+    kept: dict[str, tuple[str, str | None]],
+) -> str:
+    if prediction.id in stored and first[prediction.id] is prediction:
+        return "stored"
+    if prediction.id not in kept:
+        return "deleted"
+    image_id, sha256 = kept[prediction.id]
+    another = image_id != prediction.image_id or _differ(sha256, prediction.receipt.input_sha256)
+    return "conflicts" if another else "repeats"
+
+
+def _differ(old: str | None, new: str | None) -> bool:
+    return old is not None and new is not None and old != new
+
+
+def _prediction(prediction: Prediction) -> tuple[Any, ...]:
+    """Return one row in the order of `save_predictions`."""
+    models = [msgspec.structs.replace(result, embedding=None) for result in prediction.models]
+    return (
+        prediction.id,
+        prediction.image_id,
+        prediction.deployment,
+        prediction.lane,
+        prediction.outcome,
+        msgspec.json.encode(models).decode(),
+        msgspec.json.encode(prediction.receipt).decode(),
+        prediction.receipt.input_sha256,
+        prediction.reason,
+        prediction.traceparent,
+        prediction.time,
+    )
+
+
+async def _save_embeddings(connection: Connection, predictions: Sequence[Prediction]) -> None:
+    # One flat array of all numbers: asyncpg encodes it in C, and no type of pgvector must be known to it.
+    numbers = array("f")
+    rows: list[tuple[str, str, int, int]] = []
+    for prediction in predictions:
+        for result in prediction.models:
+            if result.embedding is not None:
+                start = len(numbers)
+                numbers.extend(_floats(result.embedding, result.dimension))
+                rows.append((prediction.id, result.model, start, len(numbers)))
+    if rows:
+        await connection.execute(QUERIES["save_embeddings"], *_transposed(rows), numbers)
+
+
+def _floats(encoded: str, dimension: int | None) -> "array[float]":
+    """Decode base64 of little-endian float32.
+
+    Raises:
+        StorageRefusedError: it is not that, or not as long as it says.
+    """
+    numbers = array("f")
+    try:
+        numbers.frombytes(base64.b64decode(encoded, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise StorageRefusedError(f"an embedding is not base64 of float32 numbers: {error}") from None
+    if not numbers or len(numbers) != dimension:
+        raise StorageRefusedError(f"an embedding has {len(numbers)} numbers and says it has {dimension}")
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+async def save_dead_letters(connection: Connection, letters: Sequence[DeadLetter]) -> int:
+    """Store dead letters; return how many were new."""
+    ordered = {(*letter.place, letter.record.timestamp_ms): letter for letter in reversed(letters)}
+    rows = [_dead_letter(ordered[place]) for place in sorted(ordered)]
+    return len(await connection.fetch(QUERIES["save_dead_letters"], *_transposed(rows)))
+
+
+def _dead_letter(letter: DeadLetter) -> tuple[Any, ...]:
+    """Return one row in the order of `save_dead_letters`."""
+    record = letter.record
+    return (
+        *letter.place,
+        record.timestamp_ms,
+        letter.image_id,
+        letter.code,
+        letter.reason,
+        letter.attempts,
+        record.key,
+        record.value,
+        letter.value_ref,
+        encode_headers(record.headers),
+        letter.failed_at,
+    )
+
+
+async def save_images(connection: Connection, images: Sequence[ImageRow]) -> list[SavedImage]:
+    """Store images; say of each, in the given order, what became of it and where the kept picture is."""
+    first = {image.image_id: image for image in reversed(images)}
+    rows = [_image(first[image_id]) for image_id in sorted(first)]
+    written = await connection.fetch(QUERIES["save_images"], *_transposed(rows))
+    inserted = {row["image_id"] for row in written if row["inserted"]}
+    # A statement of its own sees what other writers committed meanwhile.
+    kept = {
+        row["image_id"]: ImageRow(**row) for row in await connection.fetch(QUERIES["images"], list(first))
+    }
+    saved = []
+    for image in images:
+        old = kept.get(image.image_id)
+        if old is None:
+            saved.append(SavedImage("deleted"))
+        elif image.image_id in inserted and first[image.image_id] is image:
+            saved.append(SavedImage("stored", old.object_key))
+        else:
+            saved.append(SavedImage("conflict" if _another_picture(old, image) else "repeat", old.object_key))
+    return saved
+
+
+def _another_picture(old: ImageRow, new: ImageRow) -> bool:
+    """Compare digests or, where one is unknown, objects; the statement decides the same."""
+    if old.sha256 and new.sha256:
+        return old.sha256 != new.sha256
+    return _differ(old.object_key, new.object_key)
+
+
+def _image(image: ImageRow) -> tuple[Any, ...]:
+    """Return one row in the order of `save_images`."""
+    return (
+        image.image_id,
+        image.lane,
+        image.topic,
+        image.partition,
+        image.offset,
+        image.published_at,
+        image.sha256,
+        image.size_bytes,
+        image.content_type,
+        image.object_key,
+        image.source,
+        image.expires_at,
+    )
+
+
+def _transposed(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """Turn rows into one array per column."""
+    return [list(column) for column in zip(*rows, strict=True)]
