@@ -1,0 +1,76 @@
+"""Careful mode: how a record that kills its worker is found, and stopped, across deaths.
+
+The only memory that survives a death is Kafka's, so each partition's state travels in the metadata of its
+committed offset:
+
+    ""                       the last owner handed over in good order
+    "assigned X"             an owner began at offset X and has committed nothing past it
+    "careful X N U"          records before U are read alone; the one at X was started alone N times
+
+A partition assigned again with "assigned X" and still at X has seen an owner die on the spot: its next
+records are suspects and read one at a time, the attempt written down before it starts. Pure.
+"""
+
+from dataclasses import dataclass
+
+# Suspects after a death: an owner may have started this many records past its commit before it died.
+# Fewer would only take one more death to narrow it down, more would only read longer one at a time.
+MAX_SUSPECTS = 256
+# The record is not opened again after so many deaths with it alone in flight: once may be the machine's fault.
+MAX_LONE_DEATHS = 3
+# Suspects of one partition and healthy records of others take turns of this length.
+CAREFUL_TURN_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the commit metadata of one partition says, seen by its new owner."""
+
+    offset: int = -1
+    attempts: int = 0
+    until: int = -1
+
+    @classmethod
+    def read(cls, metadata: str, committed: int | None, end: int) -> "Mark":
+        """Read the metadata of a committed offset; anything unreadable means good order.
+
+        `end` is the partition's end now: a record that arrives later was not in flight at any death.
+        """
+        try:
+            kind, *numbers = metadata.split()
+            values = [int(number) for number in numbers]
+        except ValueError:
+            return cls()
+        if not values or values[0] != committed:
+            return cls()
+        if kind == "assigned" and len(values) == 1:
+            return cls(values[0], 0, min(values[0] + MAX_SUSPECTS, end))
+        if kind == "careful" and len(values) == 3:
+            return cls(*values)
+        return cls()
+
+    def suspects(self, offset: int) -> bool:
+        """Whether the record at `offset` must be read alone."""
+        return self.offset <= offset < self.until
+
+    def is_condemned(self, offset: int) -> bool:
+        """Whether the record has killed its worker too often to be opened again."""
+        return offset == self.offset and self.attempts >= MAX_LONE_DEATHS
+
+    def attempt(self, offset: int) -> "Mark":
+        """Return the mark to write before the record at `offset` starts alone."""
+        return Mark(offset, self.attempts + 1 if offset == self.offset else 1, self.until)
+
+    def survived(self) -> "Mark":
+        """Return the mark after an ownership that ended in good order before the attempt finished."""
+        return Mark(self.offset, max(0, self.attempts - 1), self.until)
+
+    def at_start(self, offset: int) -> str:
+        """Metadata to commit when an ownership begins at `offset`."""
+        return self.at_commit(offset) or f"assigned {offset}"
+
+    def at_commit(self, offset: int) -> str:
+        """Metadata to commit with a finished `offset`: suspects that are left stay suspects."""
+        if not self.suspects(offset):
+            return ""
+        return f"careful {offset} {self.attempts if offset == self.offset else 0} {self.until}"
