@@ -6,7 +6,7 @@ with one line that names the variable.
 
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -161,7 +161,11 @@ class Settings(BaseSettings):
     @property
     def resolved_database(self) -> str:
         """Database URL, the embedded one's when none is set."""
-        return self.database_url or f"postgresql://postgres@127.0.0.1:{self.postgres_port}/millrace"
+        if self.database_url:
+            return self.database_url
+        # Where the embedded server keeps its password, see `millrace/postgres.py`.
+        password_file = quote(str(self.data_dir.absolute() / "postgres" / "pgpass"))
+        return f"postgresql://postgres@127.0.0.1:{self.postgres_port}/millrace?passfile={password_file}"
 
     @property
     def resolved_object_store(self) -> str:
