@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     models: str = Field(
         "builtin:quality,builtin:fingerprint", description="Models evaluated on each picture, comma-separated."
     )
+    allow_python_models: bool = Field(
+        False, description="Allow models named python:MODULE:ATTRIBUTE, which run the code they name."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(32, description="Most pictures in one forward pass.")
     decode_threads: Annotated[int, Field(ge=0, le=256)] = Field(0, description="Decoder threads; 0: one per core.")
