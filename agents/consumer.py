@@ -28,7 +28,7 @@ from agents.delivery import CommitResult, Delivery, Start, TopicPartition
 from pipeline import logs
 from pipeline.connections import client_options
 from pipeline.errors import DependencyError
-from pipeline.events import Record
+from pipeline.readers import to_record
 from pipeline.settings import Settings
 from pipeline.topics import MAX_DEAD_LETTER_RECORD_BYTES
 
@@ -199,7 +199,7 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
 
     async def _pass_on(self, fetch: _Fetch) -> None:
         for tp in fetch.positions.keys() | fetch.records.keys():
-            given = [_record(record) for record in fetch.records.get(tp, ())]
+            given = [to_record(record) for record in fetch.records.get(tp, ())]
             opened = self.delivery.fetched(
                 (tp.topic, tp.partition), fetch.generation, given, fetch.positions.get(tp)
             )
@@ -367,14 +367,3 @@ class StepApp(faust.App):  # type: ignore[misc]
         name = f"read-{topic}"
         self.agent(self.topic(topic, key_type=bytes, value_type=bytes), name=name, concurrency=1)(read)
 
-
-def _record(record: ConsumerRecord) -> Record:
-    return Record(
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        timestamp_ms=record.timestamp,
-        key=record.key,
-        value=record.value,
-        headers=record.headers,
-    )

@@ -1,1 +1,1 @@
-"""loadtest."""
+"""Load, benchmarks and fault accounting; takes addresses, starts nothing itself."""

@@ -267,3 +267,30 @@ async def read_back(
         raise unreachable(settings, error) from None
     finally:
         await consumer.stop()
+
+
+async def read_all(settings: Settings, topic: str) -> list[Record]:
+    """Return the committed records of a topic from its oldest to its present end, in memory.
+
+    Raises:
+        DependencyError: a topic is missing, or no broker answers.
+    """
+    partitions = await partitions_of(settings, [topic])
+    consumer = AIOKafkaConsumer(
+        **client_options(settings), group_id=None, isolation_level="read_committed", fetch_max_bytes=_FETCH_BYTES
+    )
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await consumer.start()
+        consumer.assign(list(partitions))
+        ends = await consumer.end_offsets(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        records: list[Record] = []
+        while any([await consumer.position(partition) < end for partition, end in ends.items()]):
+            fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_MAX_RECORDS)
+            records.extend(to_record(message) for messages in fetched.values() for message in messages)
+        return records
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise unreachable(settings, error) from None
+    finally:
+        await consumer.stop()
