@@ -1,0 +1,85 @@
+"""The decode pool: threads that check the digest and decode, real-time first.
+
+A thread picks its record when it starts, not when the record was queued, so that real-time overtakes bulk
+until the last moment. Nothing here raises: what is wrong with a record is noted on its work.
+"""
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline import imaging, metrics
+from pipeline.batching import Turns
+from pipeline.errors import ContractError, MillraceError, MissingImageError, UndecodableImageError
+from pipeline.inference.outcomes import Work
+from pipeline.topics import Lane
+
+
+class Decoder:
+    """Decodes in threads; finished work is appended to `finished`, then `on_finished` is called there."""
+
+    def __init__(
+        self,
+        sizes: Sequence[imaging.Size],
+        limits: imaging.Limits,
+        threads: int,
+        on_finished: Callable[[], None],
+    ) -> None:
+        self.finished: deque[Work] = deque()
+        self._sizes = tuple(sizes)
+        self._limits = limits
+        self._on_finished = on_finished
+        self._waiting: dict[Lane, deque[Work]] = {"realtime": deque(), "bulk": deque()}
+        self._turns = Turns()
+        self._turn_lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def add(self, work: Work) -> None:
+        """Queue a record whose bytes are here."""
+        self._waiting[work.request.lane].append(work)
+        self._pool.submit(self._decode_next)
+
+    def stop(self) -> None:
+        """Take no new work and forget what no thread has started; does not wait."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode_next(self) -> None:
+        with self._turn_lock:
+            lane = self._turns.next(
+                realtime=bool(self._waiting["realtime"]), bulk=bool(self._waiting["bulk"])
+            )
+            assert lane is not None, "as many calls as records"
+            work = self._waiting[lane].popleft()
+        work.decode_started_at = time.monotonic()
+        try:
+            self._decode(work)
+        except MillraceError as error:
+            work.error = error
+        except Exception as error:  # a record must not vanish with its thread's exception
+            work.error = UndecodableImageError(f"{type(error).__name__}: {error}")
+        work.data = b""
+        self.finished.append(work)
+        self._on_finished()
+
+    def _decode(self, work: Work) -> None:
+        if work.is_past_deadline():
+            work.is_expired = True
+            return
+        _check_digest(work)
+        work.picture = imaging.decode(work.data, self._sizes, self._limits)
+        work.decode_ended_at = time.monotonic()
+        metrics.DECODE_SECONDS.observe(work.decode_ended_at - work.decode_started_at)
+
+
+def _check_digest(work: Work) -> None:
+    event = work.request.event
+    work.input_bytes = len(work.data)
+    work.sha256 = hashlib.sha256(work.data).hexdigest()
+    if event.sha256 is None or event.sha256 == work.sha256:
+        return
+    if event.dataref is not None:
+        raise MissingImageError(f"the object behind ce_dataref has SHA-256 {work.sha256}, not {event.sha256}")
+    raise ContractError(f"the value has SHA-256 {work.sha256}, ce_datasha256 says {event.sha256}")

@@ -1,0 +1,337 @@
+"""The engine's event-loop side: accepts records, cuts batches for a free device, delivers outcomes.
+
+The invariant: each submitted request gets exactly one outcome, unless the engine has reported a fatal error
+or was stopped with a batch on the device. Nothing here awaits per record: stages call back, and the calls of
+other threads are gathered into one wake-up of the loop.
+"""
+
+import asyncio
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline import logs, metrics
+from pipeline.batching import Batcher
+from pipeline.errors import ConfigurationError, FatalError
+from pipeline.imaging import Limits
+from pipeline.inference.decoding import Decoder
+from pipeline.inference.fetching import Fetcher
+from pipeline.inference.forward import Batch, Forward, Report
+from pipeline.inference.outcomes import Dropped, Failed, Outcome, Request, Work
+from pipeline.models import Model
+from pipeline.settings import Settings
+
+# One batch being decoded while another is on the device; more only makes real-time work wait.
+DECODE_AHEAD_BATCHES = 2
+# The same bound for models with large inputs.
+DECODE_AHEAD_BYTES = 512 * 1024 * 1024
+
+Deliver = Callable[[Sequence[tuple[Request, Outcome]]], None]
+
+_log = logs.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the engine runs; 0 threads means one per core for decoding, torch's own choice for torch."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    max_batch_size: int = 32
+    decode_threads: int = 0
+    torch_threads: int = 0
+    limits: Limits = field(default_factory=Limits)
+    missing_object_grace_seconds: float = 60.0
+    batch_hang_seconds: float = 600.0
+
+    @classmethod
+    def from_settings(cls, settings: Settings, device: torch.device) -> "EngineOptions":
+        """Take the settings of the inference section."""
+        return cls(
+            device=device,
+            max_batch_size=settings.max_batch_size,
+            decode_threads=settings.decode_threads,
+            torch_threads=settings.torch_threads,
+            limits=Limits(settings.max_image_bytes, settings.max_image_pixels),
+            missing_object_grace_seconds=settings.missing_object_grace_seconds,
+            batch_hang_seconds=settings.batch_hang_seconds,
+        )
+
+
+class Engine:
+    """Turns requests into outcomes; all methods are called on one event loop.
+
+    `fetch` gets the bytes of a dataref (raising `MissingImageError`, `ImageTooLargeError` or
+    `DependencyError`); `deliver` gets the outcomes of a batch together and must not block.
+    """
+
+    #: Fails with a `FatalError` when the device hangs or is lost; outcomes end then. Set by `start`.
+    fatal: "asyncio.Future[None]"
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        options: EngineOptions,
+        *,
+        fetch: Callable[[str], Awaitable[bytes]],
+        deliver: Deliver,
+    ) -> None:
+        self._options = options
+        self._deliver_outcomes = deliver
+        self._forward = Forward(models, options.device)
+        self._batcher: Batcher[Work] = Batcher(options.max_batch_size)
+        threads = options.decode_threads or len(
+            os.sched_getaffinity(0)
+        )  # a container has fewer than the machine
+        self._decoder = Decoder(self._forward.sizes, options.limits, threads, self._wake)
+        self._fetcher = Fetcher(
+            fetch,
+            missing_object_grace_seconds=options.missing_object_grace_seconds,
+            on_fetched=self._on_fetched,
+            on_dropped=self._drop,
+        )
+        bytes_each = sum(width * height * 3 for width, height in self._forward.sizes)
+        self._room_records = max(
+            options.max_batch_size,
+            min(DECODE_AHEAD_BATCHES * options.max_batch_size, DECODE_AHEAD_BYTES // bytes_each),
+        )
+        self._open: set[Work] = set()
+        self._ahead = 0  # waiting for the decoder, in it, or decoded and not dispatched
+        self._room_waiters: list[asyncio.Future[None]] = []
+        self._all_done: asyncio.Future[None] | None = None
+        self._on_device: Batch | None = None
+        self._dispatched_at = 0.0
+        self._hang_timer: asyncio.TimerHandle | None = None
+        self._device_queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._wake_is_coming = False
+        self._draining = False
+        self._stopped = False
+        self._batch_prefix = secrets.token_hex(4)
+        self._batch_number = 0
+
+    async def start(self) -> None:
+        """Start the threads and warm every model up.
+
+        Raises:
+            ConfigurationError: a model fails its warm-up.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.fatal = self._loop.create_future()
+        warm: asyncio.Future[None] = self._loop.create_future()
+        # A daemon: a pass that hangs must not keep the process from ending.
+        threading.Thread(target=self._run_device, args=(warm,), name="device", daemon=True).start()
+        try:
+            await warm
+        except Exception as error:  # models raise anything
+            self._stopped = True
+            text = " ".join(str(error).split())
+            model = self._forward.failing_model
+            raise ConfigurationError(
+                f"MILLRACE_MODELS: {model!r} fails its warm-up: {type(error).__name__}: {text}"
+            ) from error
+
+    async def wait_for_room(self) -> None:
+        """Return once fewer records wait for the device than it takes to keep it busy."""
+        while self._ahead >= self._room_records:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._room_waiters.append(waiter)
+            await waiter
+
+    def submit(self, request: Request) -> None:
+        """Accept a request; never blocks, its outcome is delivered later."""
+        work = Work.of(request)
+        self._open.add(work)
+        if self._stopped:
+            self._drop(work)
+        elif request.event.dataref is not None:
+            self._fetcher.add(work)
+        else:
+            self._decode(work)
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Finish what was submitted within `drain_seconds`, then drop what is not on the device.
+
+        A fetch that has to be tried again is dropped at once. Records on the device at the deadline get no
+        outcome.
+        """
+        self._draining = True
+        self._fetcher.drain()
+        if self._open and not self._stopped and not self.fatal.done():
+            self._all_done = self._loop.create_future()
+            await asyncio.wait(
+                (self._all_done, self.fatal), timeout=drain_seconds, return_when="FIRST_COMPLETED"
+            )
+        self._stopped = True
+        self._fetcher.stop()
+        self._decoder.stop()
+        self._device_queue.put(None)
+        if self._hang_timer is not None:
+            self._hang_timer.cancel()
+        self._deliver([(work, Dropped()) for work in self._open if not work.is_claimed])
+        self._open_room()
+
+    def _decode(self, work: Work) -> None:
+        self._ahead += 1
+        self._decoder.add(work)
+
+    def _on_fetched(self, work: Work) -> None:
+        if work.error is None and not work.is_expired and not self._stopped:
+            self._decode(work)
+            return
+        self._fetcher.release(work)
+        self._deliver([self._settle(work)])
+
+    def _drop(self, work: Work) -> None:
+        self._deliver([(work, Dropped())])
+
+    def _wake(self) -> None:
+        """Have `_advance` run on the loop soon; called from any thread."""
+        if not self._wake_is_coming:  # set before the call, cleared before the work: no wake-up is lost
+            self._wake_is_coming = True
+            self._call_soon(self._advance)
+
+    def _call_soon(self, callback: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            self._stopped = True
+
+    def _advance(self) -> None:
+        """Take over what the decode threads have finished, and feed the device."""
+        self._wake_is_coming = False
+        settled = []
+        while self._decoder.finished:
+            work = self._decoder.finished.popleft()
+            self._fetcher.release(work)
+            if work.error is None and not work.is_expired:
+                self._batcher.add(work, work.request.lane, work.deadline)
+            else:
+                self._ahead -= 1
+                settled.append(self._settle(work))
+        self._dispatch()
+        self._deliver(settled)
+        self._open_room()
+
+    def _settle(self, work: Work) -> tuple[Work, Outcome]:
+        """Return the outcome of a record that needs no forward pass."""
+        if not self._claim(work):
+            return work, Dropped()
+        return work, (work.expired() if work.error is None else Failed(work.error))
+
+    @staticmethod
+    def _claim(work: Work) -> bool:
+        work.is_claimed = work.request.claim()
+        return work.is_claimed
+
+    def _dispatch(self) -> None:
+        """Give the device its next batch, if it is free and something is ready."""
+        settled: list[tuple[Work, Outcome]] = []
+        while self._on_device is None and len(self._batcher) and not self._stopped and not self.fatal.done():
+            cut = self._batcher.cut(time.monotonic(), draining=self._draining)
+            self._ahead -= len(cut.items) + len(cut.expired)
+            settled += [self._settle(work) for work in cut.expired]
+            ours = [work for work in cut.items if self._claim(work)]
+            settled += [(work, Dropped()) for work in cut.items if not work.is_claimed]
+            if ours:
+                self._batch_number += 1
+                batch = Batch(f"{self._batch_prefix}-{self._batch_number}", ours, cut.reason)
+                metrics.BATCH_SIZE.observe(len(ours))
+                metrics.BATCHES.labels(cut=cut.reason).inc()
+                self._on_device = batch
+                self._device_queue.put(batch)
+                self._dispatched_at = time.monotonic()
+                if self._hang_timer is None:  # one timer, whatever the rate of batches
+                    self._hang_timer = self._loop.call_later(
+                        self._options.batch_hang_seconds, self._check_hang
+                    )
+        self._deliver(settled)
+
+    def _check_hang(self) -> None:
+        """Look whether one pass takes too long; a batch that is being bisected has many."""
+        self._hang_timer = None
+        if self._on_device is None or self._stopped:
+            return
+        ran = time.monotonic() - max(self._dispatched_at, self._forward.pass_started_at)
+        if ran >= self._options.batch_hang_seconds:
+            size = len(self._on_device.works)
+            self._fail(FatalError(f"a forward pass of a batch of {size} has run for {ran:.0f} s"))
+            return
+        self._hang_timer = self._loop.call_later(self._options.batch_hang_seconds - ran, self._check_hang)
+
+    def _on_batch_done(self, report: Report) -> None:
+        if self.fatal.done():
+            return
+        self._on_device = None
+        if report.fatal is not None:
+            self._fail(report.fatal)
+            return
+        if report.out_of_memory_at is not None:
+            self._batcher.ran_out_of_memory(report.out_of_memory_at)
+            _log.warning(
+                "batch did not fit into memory", size=report.out_of_memory_at, limit=self._batcher.limit
+            )
+        else:
+            self._batcher.fitted(len(report.batch.works))
+        self._dispatch()  # first: the device is idle, publication can wait
+        self._deliver(report.outcomes)
+        self._open_room()
+
+    def _deliver(self, outcomes: Sequence[tuple[Work, Outcome]]) -> None:
+        delivered = [(work, outcome) for work, outcome in outcomes if work in self._open]
+        if not delivered:
+            return
+        self._open.difference_update(work for work, _ in delivered)
+        try:
+            self._deliver_outcomes([(work.request, outcome) for work, outcome in delivered])
+        except Exception as error:  # the caller's bug; going on would lose these outcomes silently
+            self._fail(FatalError(f"outcomes could not be delivered: {type(error).__name__}: {error}"))
+            raise
+        if self._all_done is not None and not self._open and not self._all_done.done():
+            self._all_done.set_result(None)
+
+    def _open_room(self) -> None:
+        if self._room_waiters and (self._ahead < self._room_records or self._stopped):
+            waiters, self._room_waiters = self._room_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _fail(self, error: FatalError) -> None:
+        if not self.fatal.done():
+            _log.error("engine failed", error=error.message)
+            self.fatal.set_exception(error)
+            self.fatal.exception()  # seen: a caller that is ending anyway need not retrieve it
+
+    def _run_device(self, warm: "asyncio.Future[None]") -> None:
+        """Run batches until told to end; the body of the device thread."""
+        if self._options.torch_threads and self._options.device.type == "cpu":
+            torch.set_num_threads(self._options.torch_threads)
+        try:
+            self._forward.warm_up()
+        except BaseException as error:  # handed to the caller of `start`
+            self._call_soon(_set_exception, warm, error)
+            return
+        self._call_soon(_set_result, warm)
+        while (batch := self._device_queue.get()) is not None:
+            try:
+                report = self._forward.run(batch)
+            except BaseException as error:  # nothing may end this thread silently
+                report = Report(
+                    batch, fatal=FatalError(f"the device thread failed: {type(error).__name__}: {error}")
+                )
+            self._call_soon(self._on_batch_done, report)
+
+
+def _set_result(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _set_exception(future: "asyncio.Future[None]", error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

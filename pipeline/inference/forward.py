@@ -1,0 +1,233 @@
+"""The forward pass: all models on one batch, and what to do when it fails; runs in one thread.
+
+A failing batch is halved until the guilty record is alone. Out of memory halves too, and is reported, so that
+the next batches are smaller. An error that leaves the device unusable is fatal: halving it would blame
+innocent records.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipeline import metrics
+from pipeline.batching import CutReason
+from pipeline.errors import FatalError, ModelError
+from pipeline.events import ModelResult, Receipt, encode_embedding
+from pipeline.imaging import Size
+from pipeline.inference.outcomes import Failed, Outcome, Predicted, Work
+from pipeline.models import Model, Output
+from pipeline.topics import LANES
+
+MAX_REASON_CHARACTERS = 500
+
+# What torch says when the allocator fails without raising its own class (CPU; CUDA's driver).
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_DEVICE_LOST = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuBLAS", "cuDNN error", "NCCL error")
+_ACCELERATOR_ERROR: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8
+
+
+@dataclass(slots=True)
+class Batch:
+    """Claimed records that ride together."""
+
+    id: str
+    works: list[Work]
+    cut: CutReason
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of a batch; `out_of_memory_at` is the smallest number of records that did not fit."""
+
+    batch: Batch
+    outcomes: list[tuple[Work, Outcome]] = field(default_factory=list)
+    out_of_memory_at: int | None = None
+    fatal: FatalError | None = None
+
+
+class _WrongOutputError(Exception):
+    """A model broke its protocol on this batch."""
+
+
+class Forward:
+    """Runs batches through the models; not thread-safe."""
+
+    def __init__(self, models: Sequence[Model], device: torch.device) -> None:
+        self.sizes: tuple[Size, ...] = tuple(dict.fromkeys(model.input_size for model in models))
+        self._models = tuple((model, self.sizes.index(model.input_size)) for model in models)
+        self._device = device
+        self._device_name = str(device)
+        self._at_work = ""
+        self._queue_seconds = {lane: metrics.QUEUE_SECONDS.labels(lane=lane) for lane in LANES}
+        #: When the latest pass began, on the monotonic clock; read by another thread.
+        self.pass_started_at = 0.0
+
+    def warm_up(self) -> None:
+        """Warm every model up; raises whatever a model raises, with its name in `failing_model`."""
+        for model, _ in self._models:
+            self._at_work = model.name
+            with torch.inference_mode():
+                model.warm_up()
+
+    @property
+    def failing_model(self) -> str:
+        """The model that ran last."""
+        return self._at_work
+
+    def run(self, batch: Batch) -> Report:
+        """Return one outcome for each record of a batch, or a report of a device that is lost."""
+        report = Report(batch)
+        try:
+            self._evaluate(batch.works, batch.cut, report)
+        except FatalError as error:
+            report.fatal = error
+        return report
+
+    def _evaluate(self, works: list[Work], cut: CutReason, report: Report) -> None:
+        started_at = self.pass_started_at = time.monotonic()
+        reason, is_memory = None, False
+        results: list[tuple[ModelResult, ...] | None] = []
+        try:
+            results = self._pass(works)
+        except Exception as error:  # a model may raise anything
+            reason, is_memory = self._reason(error), _is_out_of_memory(error)
+            if not is_memory and _is_device_lost(error):
+                raise FatalError(f"the device is lost: {reason}") from error
+        seconds = time.monotonic() - started_at
+        metrics.FORWARD_SECONDS.observe(seconds)
+        if reason is None:
+            self._note_results(works, results, cut, report, started_at, seconds)
+            return
+        if is_memory:
+            cut = "memory"
+            report.out_of_memory_at = len(works)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        if len(works) == 1:
+            report.outcomes.append((works[0], Failed(ModelError(reason))))
+            return
+        middle = len(works) // 2
+        self._evaluate(works[:middle], cut, report)
+        self._evaluate(works[middle:], cut, report)
+
+    def _note_results(
+        self,
+        works: list[Work],
+        results: list[tuple[ModelResult, ...] | None],
+        cut: CutReason,
+        report: Report,
+        started_at: float,
+        seconds: float,
+    ) -> None:
+        suspects = []
+        for work, result in zip(works, results, strict=True):
+            if result is not None:
+                receipt = self._receipt(work, report.batch.id, len(works), cut, started_at, seconds)
+                report.outcomes.append((work, Predicted(result, receipt)))
+            elif len(works) > 1:
+                suspects.append(work)
+            else:
+                reason = f"{self._at_work}: its output is not a finite number"
+                report.outcomes.append((work, Failed(ModelError(reason))))
+        for work in suspects:  # alone, because a neighbour's overflow may have spoiled it
+            self._evaluate([work], cut, report)
+
+    def _pass(self, works: list[Work]) -> list[tuple[ModelResult, ...] | None]:
+        """Return one list of results per record, None where a number is not finite."""
+        batches = [self._stack(works, index) for index in range(len(self.sizes))]
+        columns = []
+        suspect = ""
+        with torch.inference_mode():
+            for model, index in self._models:
+                self._at_work = model.name
+                outputs = model.forward(batches[index])
+                if len(outputs) != len(works):
+                    raise _WrongOutputError(f"{len(outputs)} outputs for {len(works)} pictures")
+                column = [_result(model, output) for output in outputs]
+                suspect = model.name if None in column else suspect
+                columns.append(column)
+        self._at_work = suspect
+        return [
+            None if None in row else tuple(result for result in row if result is not None)
+            for row in zip(*columns, strict=True)
+        ]
+
+    def _stack(self, works: list[Work], index: int) -> torch.Tensor:
+        pixels = np.stack([work.picture.pixels[index] for work in works if work.picture is not None])
+        batch = torch.from_numpy(pixels)  # (N, H, W, 3) uint8
+        if self._device.type == "cuda":  # pinned, so that the copy runs beside what the device does
+            batch = batch.pin_memory().to(self._device, non_blocking=True)
+        return batch.permute(0, 3, 1, 2)  # (N, 3, H, W) uint8, channels last in memory
+
+    def _receipt(
+        self, work: Work, batch_id: str, batch_size: int, cut: CutReason, started_at: float, seconds: float
+    ) -> Receipt:
+        request, picture = work.request, work.picture
+        assert picture is not None
+        queue_seconds = max(
+            0.0, work.decode_started_at - request.received_at + started_at - work.decode_ended_at
+        )
+        self._queue_seconds[request.lane].observe(queue_seconds)
+        return Receipt(
+            topic=request.record.topic,
+            partition=request.record.partition,
+            offset=request.record.offset,
+            input_sha256=work.sha256,
+            input_bytes=work.input_bytes,
+            width=picture.width,
+            height=picture.height,
+            batch_id=batch_id,
+            batch_size=batch_size,
+            batch_cut=cut,
+            device=self._device_name,
+            queue_seconds=round(queue_seconds, 6),
+            decode_seconds=round(work.decode_ended_at - work.decode_started_at, 6),
+            forward_seconds=round(seconds, 6),
+        )
+
+    def _reason(self, error: Exception) -> str:
+        kind = "" if isinstance(error, _WrongOutputError) else f"{type(error).__name__}: "
+        text = " ".join(str(error).split())
+        return f"{self._at_work}: {kind}{text}"[:MAX_REASON_CHARACTERS]
+
+
+def _result(model: Model, output: Output) -> ModelResult | None:
+    """Return what is published of an output, or None when a number in it is not finite."""
+    numbers = [*output.scores.values(), *(box.score for box in output.boxes)]
+    if output.score is not None:
+        numbers.append(output.score)
+    if not all(map(math.isfinite, numbers)):
+        return None
+    embedding = None
+    if output.embedding is not None:
+        if not np.isfinite(output.embedding).all():
+            return None
+        embedding = np.ascontiguousarray(output.embedding, dtype="<f4")
+    return ModelResult(
+        model=model.name,
+        version=model.version,
+        digest=model.digest,
+        task=model.task,
+        label=output.label,
+        score=output.score,
+        scores=output.scores,
+        boxes=output.boxes,
+        embedding=None if embedding is None else encode_embedding(embedding.tobytes()),
+        dimension=None if embedding is None else embedding.size,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _is_device_lost(error: Exception) -> bool:
+    if _ACCELERATOR_ERROR and isinstance(error, _ACCELERATOR_ERROR):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_LOST)
