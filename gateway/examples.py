@@ -1,0 +1,40 @@
+"""Examples for the API's description: real shapes, made-up values."""
+
+from datetime import UTC, datetime
+
+from gateway.views import DeploymentState, ImageView, Predictions, PredictionView, links
+from pipeline.events import ModelResult, Receipt
+
+_ID = "0b0fb4c5e1b84c9b8d2f8a52c8f3f0c1"
+_SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_TIME = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+
+_PREDICTION = PredictionView(
+    id="5f2b51ca2fdc5baa31ec02e002f69aec",
+    deployment="default",
+    outcome="predicted",
+    time=_TIME,
+    receipt=Receipt(
+        topic="images.realtime.v1", partition=4, offset=1207, input_sha256=_SHA256, input_bytes=48_213,
+        width=640, height=480, batch_id="b-91", batch_size=4, batch_cut="idle", device="cpu",
+        queue_seconds=0.0012, decode_seconds=0.0041, forward_seconds=0.0107,
+    ),
+    models=(
+        ModelResult(
+            model="builtin:quality", version="1", digest="builtin", task="classify", label="sharp",
+            score=0.93, scores={"sharp": 0.93, "blurred": 0.05, "dark": 0.02},
+        ),
+    ),
+)  # fmt: skip
+
+ACCEPTED = ImageView(
+    id=_ID, state="accepted", links=links(_ID), lane="realtime", content_type="image/jpeg", size_bytes=48_213,
+    sha256=_SHA256,
+)  # fmt: skip
+PREDICTED = ImageView(
+    id=_ID, state="predicted", links=links(_ID), lane="realtime", content_type="image/jpeg",
+    size_bytes=48_213, sha256=_SHA256, published_at=_TIME,
+    deployments={"default": DeploymentState("predicted")},
+    predictions=(_PREDICTION,),
+)  # fmt: skip
+PREDICTIONS = Predictions(_ID, (_PREDICTION,))
