@@ -173,7 +173,7 @@ class Database:
         return list(row["object_keys"]) if row["rows"] else None
 
     async def expire(self, before: datetime, limit: int) -> Expired:
-        """Delete up to `limit` rows of each kind that were stored before that moment; call until all counts are 0."""
+        """Delete up to `limit` rows of each kind that were stored before a moment; call until it is empty."""
         tombstones_before = min(before, datetime.now(UTC) - _TOMBSTONE)
         async with self._pool.transaction() as connection:
             await connection.execute(QUERIES["expire_tombstones"], tombstones_before, limit)
@@ -203,7 +203,7 @@ class Database:
         return {row["object_key"] for row in await self._pool.rows("objects_in_use", list(object_keys))}
 
     async def accounting(self, prefix: str = "", image_ids: Sequence[str] | None = None) -> Accounting:
-        """Return everything stored about images whose ids start with `prefix` or, when given, are in `image_ids`."""
+        """Return everything stored about images by the start of their ids and, when given, by a list."""
         ids = None if image_ids is None else list(image_ids)
         # One transaction would not make the two agree more: each statement sees its own moment.
         results = await self._pool.rows("accounting_of_results", prefix, ids)

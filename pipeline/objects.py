@@ -1,11 +1,11 @@
 """The object store: pictures too large for Kafka, archived pictures, values no broker would take.
 
-A folder, S3, Google Cloud Storage or Azure behind one small interface. Keys are ours (`image_key`) or were
-checked as `events.OBJECT_KEY`; nothing outside the store's root can be named. A put is atomic: an object is there
-whole or not at all.
+A folder, S3, Google Cloud Storage or Azure behind one small interface. Keys must match `events.OBJECT_KEY`:
+nothing outside the store's root can be named. A put is atomic: an object is there whole or not at all.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -55,7 +55,7 @@ class StoredObject(NamedTuple):
 def image_key(image_id: str, sha256: str | None = None) -> str:
     """Return where a picture is kept: by the digests of its id and of its bytes, never by the id itself.
 
-    Without a digest the key is one that no other picture of the id shares only if there is no other.
+    Without its own digest, pictures of the same id share one key.
     """
     digest = hashlib.sha256(image_id.encode()).hexdigest()
     return f"{IMAGES_PREFIX}/{digest[:2]}/{digest}/{sha256 or 'picture'}"
@@ -73,8 +73,8 @@ class ObjectStore:
     def __init__(self, store: Backend, root: Path | None = None) -> None:
         self._store = store
         self._root = root
-        # obstore's own coroutines abort the process when it ends just after one (tried: 1 in 25); its blocking
-        # calls release the GIL and do not.
+        # obstore's own coroutines abort the process when it ends just after one (tried: 1 in 25); its
+        # blocking calls do not, and release the GIL.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     @classmethod
@@ -189,16 +189,12 @@ class ObjectStore:
         return found.bytes().to_bytes()
 
     def _delete(self, key: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, key)
-        except FileNotFoundError:
-            pass
 
     def _head(self) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             obstore.head(self._store, f"{IMAGES_PREFIX}/ping")
-        except FileNotFoundError:
-            pass
 
 
 def _check_key(key: str) -> None:

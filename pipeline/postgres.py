@@ -1,7 +1,7 @@
 """Reaching PostgreSQL: the pool, errors sorted into ours, named queries, migrations.
 
-Every statement runs in an explicit transaction, without named prepared statements, so that PgBouncer may stand
-in between in any of its modes. Nothing here knows a table.
+Every statement runs in an explicit transaction, without named prepared statements, so that PgBouncer may
+stand in between in any of its modes. Nothing here knows a table.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ CONNECT_SECONDS = 10.0
 # disk a hundred times slower it still fits.
 STATEMENT_SECONDS = 60.0
 _URL_SETTING = f"{PREFIX}DATABASE_URL"
-# SQLSTATE classes that blame the data: data exception, integrity constraint, program limit (a vector or an index
-# entry too long). Everything else may pass: with time, a failover, a migration, more room.
+# SQLSTATE classes that blame the data: data exception, integrity constraint, program limit (a vector or an
+# index entry too long). Everything else may pass: with time, a failover, a migration, more room.
 _REFUSED_CLASSES = frozenset({"22", "23", "54"})
 # Wrong user, password or database name: no use in trying again at start.
 _MISCONFIGURED = frozenset({"28000", "28P01", "3D000"})
@@ -94,8 +94,8 @@ class Pool:
                 max_size=settings.database_pool_size,
                 timeout=CONNECT_SECONDS,
                 command_timeout=STATEMENT_SECONDS,
-                # PgBouncer in transaction mode gives the next transaction another server, which does not know the
-                # statement. Parsing again costs 0.1 ms against a batch of hundreds of rows.
+                # PgBouncer in transaction mode gives the next transaction another server, which does not know
+                # the statement. Parsing again costs 0.1 ms against a batch of hundreds of rows.
                 statement_cache_size=0,
                 server_settings={"application_name": "millrace"},
             )
@@ -153,8 +153,8 @@ class Pool:
 async def migrate(dsn: str) -> list[str]:
     """Apply the migrations that were not applied yet and return their names.
 
-    Each file is one transaction. Safe to run from several processes at once and over and over. A database that
-    is ahead of this code is left as it is.
+    Each file is one transaction. Safe to run from several processes at once and over and over. A database
+    that is ahead of this code is left as it is.
 
     Raises:
         ConfigurationError: the database refuses the user, an applied file was changed since, or one cannot be
@@ -203,7 +203,7 @@ async def _apply(connection: asyncpg.Connection, name: str, text: str, digest: s
             applied = await connection.fetchval("SELECT sha256 FROM schema_migrations WHERE name = $1", name)
             if applied is not None and applied != digest:
                 raise ConfigurationError(
-                    f"migration {name} was changed after it was applied to this database; restore the file and add a new one"
+                    f"migration {name} was changed after it was applied here: restore it and add another"
                 )
             if applied is None:
                 try:

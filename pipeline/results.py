@@ -95,6 +95,11 @@ class Expired(msgspec.Struct, frozen=True, kw_only=True):
     dead_letters: int = 0
     object_keys: tuple[str, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was left to delete."""
+        return not (self.images or self.predictions or self.dead_letters)
+
 
 class ResultPlace(msgspec.Struct, frozen=True):
     """One result, for accounting."""

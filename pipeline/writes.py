@@ -10,15 +10,22 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from pipeline.deadletters import DeadLetter
+from pipeline.deadletters import MAX_COPIED_HEADER_BYTES, MAX_REASON_CHARACTERS, DeadLetter
 from pipeline.errors import StorageRefusedError
-from pipeline.events import Prediction
+from pipeline.events import MAX_ID_CHARACTERS, MAX_OBJECT_KEY_CHARACTERS, OBJECT_KEY, Prediction
 from pipeline.postgres import QUERIES, Connection
 from pipeline.results import ImageRow, SavedImage, encode_headers
+
+_MAX_NAME_CHARACTERS = 255
+_MAX_INTEGER = 2**31 - 1
+_MAX_BIGINT = 2**63 - 1
+_EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 async def save_predictions(connection: Connection, predictions: Sequence[Prediction]) -> Counter[str]:
@@ -146,6 +153,38 @@ def _dead_letter(letter: DeadLetter) -> tuple[Any, ...]:
         encode_headers(record.headers),
         letter.failed_at,
     )
+
+
+def storable(letter: DeadLetter) -> DeadLetter:
+    """Cut what the table refuses out of a dead letter that anybody may have written; the value stays."""
+    record = letter.record
+    return msgspec.structs.replace(
+        letter,
+        group=_plain(letter.group, _MAX_NAME_CHARACTERS),
+        record=msgspec.structs.replace(
+            record,
+            topic=_plain(record.topic, _MAX_NAME_CHARACTERS),
+            partition=min(max(record.partition, 0), _MAX_BIGINT),
+            offset=min(max(record.offset, 0), _MAX_BIGINT),
+            timestamp_ms=min(max(record.timestamp_ms, 0), _MAX_BIGINT),
+            headers=tuple((_plain(name, MAX_COPIED_HEADER_BYTES), value) for name, value in record.headers),
+        ),
+        image_id=_plain(letter.image_id, MAX_ID_CHARACTERS) if letter.image_id else None,
+        code=_plain(letter.code, _MAX_NAME_CHARACTERS),
+        reason=_plain(letter.reason, MAX_REASON_CHARACTERS),
+        attempts=min(max(letter.attempts, 1), _MAX_INTEGER),
+        # A shortened key would be another object's.
+        value_ref=letter.value_ref if letter.value_ref and _is_object_key(letter.value_ref) else None,
+        failed_at=min(max(letter.failed_at, _EARLIEST), _LATEST),
+    )
+
+
+def _is_object_key(text: str) -> bool:
+    return len(text) <= MAX_OBJECT_KEY_CHARACTERS and OBJECT_KEY.fullmatch(text) is not None
+
+
+def _plain(text: str, max_characters: int) -> str:
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\\0")[:max_characters]
 
 
 async def save_images(connection: Connection, images: Sequence[ImageRow]) -> list[SavedImage]:

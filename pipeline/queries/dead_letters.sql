@@ -9,7 +9,7 @@ SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::big
             attempts, key, value, value_ref, headers, failed_at)
 WHERE NOT EXISTS (SELECT FROM deleted_images AS deleted
                   WHERE deleted.image_id = new.image_id
-                    AND to_timestamp(new.timestamp_ms / 1000.0) <= deleted.deleted_at)
+                    AND new.timestamp_ms <= extract(epoch FROM deleted.deleted_at) * 1000)
 ON CONFLICT (consumer_group, topic, partition, "offset", timestamp_ms) DO NOTHING
 RETURNING id
 

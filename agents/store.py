@@ -1,0 +1,162 @@
+"""The `store` step: predictions and dead letters into PostgreSQL.
+
+One transaction per batch; a batch the database refuses is halved until the guilty record is alone. Dead
+letters end here: one is never dead-lettered again, but cut down to what the table takes.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from agents.delivery import Delivered, Delivery
+from agents.durable import forever, isolate, publish_dead_letter
+from pipeline import events, logs, metrics
+from pipeline.broker import Publisher
+from pipeline.database import Database
+from pipeline.deadletters import DeadLetter, decode_dead_letter
+from pipeline.errors import ContractError, FatalError, MillraceError, StorageRefusedError
+from pipeline.events import Prediction, Record
+from pipeline.settings import Settings
+from pipeline.topics import DEAD_LETTERS, PREDICTIONS
+from pipeline.writes import storable
+
+log = logs.get(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A record to store: exactly one of prediction and letter is there."""
+
+    delivered: Delivered
+    prediction: Prediction | None = None
+    letter: DeadLetter | None = None
+
+
+class Store:
+    """Writes what `predict` says, and every dead letter."""
+
+    name = "store"
+    topics = (PREDICTIONS, DEAD_LETTERS)
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._group = settings.group(self.name)
+        self._dead_letters_topic = settings.topic(DEAD_LETTERS.name)
+        self._publisher = Publisher(settings, client_id=self.name)
+        self._database: Database | None = None
+
+    async def start(self) -> None:
+        """Wait for the migrated database and for the broker."""
+        self._database = await forever(
+            lambda: Database.open(self._settings), step=self.name, dependency="database"
+        )
+        await self._publisher.start()
+
+    async def stop(self) -> None:
+        """Close both."""
+        await self._publisher.stop()
+        if self._database is not None:
+            await self._database.close()
+
+    def unready(self) -> str | None:
+        """Waiting for the database is not being unready: lag tells."""
+        return None
+
+    async def run(self, delivery: Delivery) -> None:
+        """Write one batch after the other; what arrives meanwhile is the next one."""
+        while True:
+            batch = await delivery.take(self._settings.store_batch_records, self._settings.store_batch_bytes)
+            await self._store([delivered for delivered in batch if delivered.claim()])
+
+    async def reject(self, delivered: Delivered, error: MillraceError) -> None:
+        """Finish a record that killed us, unopened.
+
+        A prediction becomes a dead letter; a dead letter is stored without its value.
+        """
+        record = delivered.record
+        if record.topic == self._dead_letters_topic:
+            letter = decode_dead_letter(msgspec.structs.replace(record, value=None))
+            reason = f"{letter.reason} (its value was left out: {error.message})"
+            bare = msgspec.structs.replace(
+                letter, reason=reason, record=msgspec.structs.replace(letter.record, headers=())
+            )
+            await self._save_cut_down(bare)
+            delivered.finish("stored")
+        else:
+            await self._dead_letter(delivered, error, _image_id(record))
+
+    async def _store(self, batch: Sequence[Delivered]) -> None:
+        """Make everything these records cause durable, then finish them."""
+        decoded: list[Decoded] = []
+        undecodable: list[tuple[Delivered, MillraceError, str | None]] = []
+        for delivered in batch:
+            record = delivered.record
+            if record.topic == self._dead_letters_topic:
+                decoded.append(Decoded(delivered, letter=decode_dead_letter(record)))
+            elif events.only_group(record) not in {None, self._group}:
+                delivered.finish("skipped")
+            else:
+                try:
+                    decoded.append(Decoded(delivered, prediction=events.decode_prediction(record)))
+                except ContractError as error:
+                    undecodable.append((delivered, error, _image_id(record)))
+        refused = await isolate(decoded, self._save)
+        guilty = {item.delivered for item, _ in refused}
+        for item in decoded:
+            if item.delivered not in guilty:
+                item.delivered.finish("stored")
+        await asyncio.gather(
+            *(self._dead_letter(*fault) for fault in undecodable),
+            *(self._settle(item, error) for item, error in refused),
+        )
+
+    async def _save(self, items: Sequence[Decoded]) -> None:
+        predictions = [item.prediction for item in items if item.prediction is not None]
+        letters = [item.letter for item in items if item.letter is not None]
+        await self._write(predictions, letters)
+
+    async def _write(self, predictions: Sequence[Prediction], letters: Sequence[DeadLetter]) -> None:
+        assert self._database is not None
+        database = self._database
+        with metrics.STORE_SECONDS.time():
+            saved = await forever(
+                lambda: database.save(predictions, letters), step=self.name, dependency="database"
+            )
+        metrics.DUPLICATES.labels("repeat").inc(saved.repeats)
+        metrics.DUPLICATES.labels("conflict").inc(saved.conflicts)
+        if saved.conflicts:
+            log.warning("kept the first picture's prediction", conflicts=saved.conflicts)
+
+    async def _settle(self, item: Decoded, error: StorageRefusedError) -> None:
+        """Give a record that the database refuses its end."""
+        if item.letter is not None:
+            await self._save_cut_down(item.letter)
+            item.delivered.finish("stored")
+        else:
+            assert item.prediction is not None
+            await self._dead_letter(item.delivered, error, item.prediction.image_id)
+
+    async def _save_cut_down(self, letter: DeadLetter) -> None:
+        log.warning("cutting a dead letter down to what the database takes", letter=repr(letter.place)[:1000])
+        try:
+            await self._write([], [storable(letter)])
+        except StorageRefusedError as error:
+            raise FatalError(f"a dead letter that was cut down is refused: {error.message}") from error
+
+    async def _dead_letter(self, delivered: Delivered, error: MillraceError, image_id: str | None) -> None:
+        await publish_dead_letter(
+            self._publisher, self._settings, self.name, delivered.record, error, image_id
+        )
+        delivered.finish("dead_lettered")
+
+
+def _image_id(record: Record) -> str | None:
+    """Return the key of a prediction that cannot be decoded: by contract the image's id."""
+    try:
+        key = (record.key or b"").decode()
+        events.check_id(key)
+    except (UnicodeDecodeError, ContractError):
+        return None
+    return key
