@@ -14,8 +14,8 @@ _DYING_SECONDS = 10.0
 class FolderLock:
     """An exclusive lock on a service's data that its child processes hold too.
 
-    The children inherit the open file, and the kernel drops a `flock` when the last holder is gone. So whoever
-    gets the lock knows that no process of an earlier run, however it ended, still writes to the folder.
+    The children inherit the open file, and the kernel drops a `flock` when the last holder is gone. So
+    whoever gets the lock knows that no process of an earlier run, however it ended, still writes there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class FolderLock:
         return descriptor
 
     def record(self, *pids: int) -> None:
-        """Write down who holds the lock, for the message that somebody else will get; the owner comes first."""
+        """Write down who holds the lock, for the message somebody else will get; the owner comes first."""
         assert self._descriptor is not None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, "\n".join(map(str, pids)).encode(), 0)

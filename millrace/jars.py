@@ -1,4 +1,4 @@
-"""The jar files of Apache Kafka: fetched once from Maven Central by coordinate, checked, kept in a cache folder.
+"""The jar files of Apache Kafka: fetched once from Maven Central by coordinate, checked, kept in a cache.
 
 The pins in `kafka_jars.txt` are to Java what the hashed requirements are to Python. A jar enters the cache
 only under its final name and only when its SHA-256 is the pinned one, so a download that was cut off can
@@ -62,7 +62,7 @@ def kafka_classpath(folder: Path | None = None, on_progress: Progress | None = N
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write the cache folder {folder} ({error.strerror}): set XDG_CACHE_HOME to one that can be written"
+            f"cannot write the cache folder {folder} ({error.strerror}): set XDG_CACHE_HOME to another"
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -70,7 +70,9 @@ def kafka_classpath(folder: Path | None = None, on_progress: Progress | None = N
         for remains in folder.glob("fetching-*"):  # of a process that died; we hold the lock
             shutil.rmtree(remains, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="fetching-", dir=folder) as staging:
-            _fetch(Path(staging), {each: (jars[each], pins[each]) for each in missing}, len(pins), on_progress)
+            _fetch(
+                Path(staging), {each: (jars[each], pins[each]) for each in missing}, len(pins), on_progress
+            )
     return list(jars.values())
 
 
@@ -86,7 +88,9 @@ def _fetch(
         fetched = _artifact(context, coordinate).resolve()
         digest = hashlib.sha256(fetched.read_bytes()).hexdigest()
         if digest != pinned:
-            raise DependencyError(f"{coordinate}: SHA-256 is {digest}, pinned is {pinned}; the download is damaged")
+            raise DependencyError(
+                f"{coordinate}: SHA-256 is {digest}, pinned is {pinned}; the download is damaged"
+            )
         fetched.replace(target)
 
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
@@ -97,14 +101,15 @@ def _fetch(
                 if on_progress:
                     on_progress(done, needed)
         except (OSError, RuntimeError, requests.RequestException) as error:
-            for download in downloads:
-                download.cancel()
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise DependencyError(
-                f"cannot fetch Kafka {KAFKA_VERSION} from Maven Central ({reason}): start once with network access, "
-                f"or copy {staging.parent} from a machine that has it, "
+                f"cannot fetch Kafka {KAFKA_VERSION} from Maven Central ({reason}): "
+                f"start once with network access, or copy {staging.parent} from a machine that has it, "
                 "or point MILLRACE_KAFKA_BOOTSTRAP_SERVERS at a running Kafka"
             ) from error
+        finally:
+            for download in downloads:  # those not begun; without this, Ctrl-C would wait for all of them
+                download.cancel()
 
 
 def _maven(repository: Path) -> "MavenContext":
@@ -116,7 +121,10 @@ def _maven(repository: Path) -> "MavenContext":
     remotes = {"central": MAVEN_CENTRAL_URL, **GlobalSettings.load().repositories}
     # The pure-Python resolver: the other one needs a Maven installation.
     return MavenContext(
-        resolver=PythonResolver(), repo_cache=repository, remote_repos=remotes, timeout=_REQUEST_TIMEOUT_SECONDS
+        resolver=PythonResolver(),
+        repo_cache=repository,
+        remote_repos=remotes,
+        timeout=_REQUEST_TIMEOUT_SECONDS,
     )
 
 
@@ -158,6 +166,6 @@ def _resolve_pins(staging: Path) -> dict[str, str]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         found = _resolve_pins(Path(scratch))
-    print(f"# The jars of Apache Kafka {KAFKA_VERSION} (SHA-256, coordinate), written by `python -m millrace.jars`.")
+    print(f"# The jars of Kafka {KAFKA_VERSION} (SHA-256, coordinate), written by `python -m millrace.jars`.")
     for coordinate, digest in sorted(found.items()):
         print(f"{digest}  {coordinate}")

@@ -4,7 +4,7 @@ Usage: python -I -S launch.py PARENT_PID DEATH_SIGNAL USER_ID GROUP_ID CAPABILIT
 
 USER_ID, GROUP_ID and CAPABILITY are -1 where they do not apply. A script of its own rather than `preexec_fn`,
 because running Python between fork and exec in a process with threads may deadlock, and because it leaves
-`subprocess` free to use vfork. Only the standard library, and little of it: it adds about 20 ms to every start.
+`subprocess` free to use vfork. Only the standard library, and little of it: it adds 20 ms to a start.
 """
 
 import ctypes

@@ -6,10 +6,10 @@ Data lives in one folder: `kafka/`, `postgres/`, `objects/` and `logs/`. A servi
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from millrace.jars import Progress
+from millrace.jars import Progress, kafka_classpath
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
 from pipeline.settings import Settings
@@ -38,22 +38,22 @@ def local_services(settings: Settings, on_progress: Progress | None = None) -> I
     """
     kafka = None
     if settings.kafka_bootstrap_servers is None:
+        # Here rather than in the thread that starts Kafka, where Ctrl-C would not reach a long download.
+        kafka_classpath(on_progress=on_progress)
         kafka = EmbeddedKafka(
             settings.data_dir,
             settings.kafka_port,
             settings.kafka_controller_port,
             settings.kafka_heap_megabytes,
-            on_progress=on_progress,
         )
     postgres = None
     if settings.database_url is None:
         postgres = EmbeddedPostgres(settings.data_dir, settings.postgres_port)
-    started = [service for service in (kafka, postgres) if service is not None]
-    try:
+    chosen = [service for service in (postgres, kafka) if service is not None]
+    with ExitStack() as stack:
+        for service in chosen:
+            stack.callback(service.stop)
         with ThreadPoolExecutor() as pool:
-            for starting in [pool.submit(service.start) for service in started]:
+            for starting in [pool.submit(service.start) for service in chosen]:
                 starting.result()
         yield LocalServices(kafka, postgres)
-    finally:
-        for service in started:
-            service.stop()

@@ -77,7 +77,7 @@ class EmbeddedPostgres:
         The first start on a folder creates the cluster and the database `millrace`.
 
         Raises:
-            ConfigurationError: The port is taken, another server uses the folder, or root may not change user.
+            ConfigurationError: The port or the folder is taken, or root may not change user.
             DependencyError: The server ends at once or does not come up; with the end of its log.
         """
         if self.running:
@@ -94,7 +94,7 @@ class EmbeddedPostgres:
         ports.require_free(self._host, self._port, "MILLRACE_POSTGRES_PORT")
         self._logs.mkdir(parents=True, exist_ok=True)
         run_as = _run_as(self._folder)
-        self._create_once(run_as)
+        self._create_once(run_as, lock_descriptor)
         _remove_stale_pid_file(self._data)
         options = {
             "listen_addresses": self._host,
@@ -120,17 +120,19 @@ class EmbeddedPostgres:
         ready = processes.wait_until(lambda: not self.running or self._is_ready(), _START_SECONDS)
         if not ready or not self.running:
             reason = "did not come up" if self.running else f"ended with code {self._process.returncode}"
-            raise DependencyError(f"PostgreSQL {reason}; see {self.log_path}\n{processes.tail(self.log_path)}")
+            raise DependencyError(
+                f"PostgreSQL {reason}; see {self.log_path}\n{processes.tail(self.log_path)}"
+            )
 
     def stop(self, seconds: float = _STOP_SECONDS) -> None:
-        """Disconnect clients, write a checkpoint and end; without the checkpoint after `seconds`. Idempotent."""
+        """Disconnect clients, write a checkpoint and end; after `seconds` without one. Idempotent."""
         if self._process is not None:
             processes.stop(self._process, signal.SIGINT, seconds, then=signal.SIGQUIT)
             self._process = None
         self._lock.release()
 
     def kill(self) -> None:
-        """End the server with SIGKILL and wait until it is gone; `start` recovers. Keeps the folder's lock."""
+        """End the server by SIGKILL and wait until it is gone; `start` recovers. Keeps the lock."""
         if self._process is not None:
             backends = processes.children_of(self._process.pid)
             processes.stop(self._process, signal.SIGKILL, _STOP_SECONDS)
@@ -150,7 +152,7 @@ class EmbeddedPostgres:
             return False
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
-    def _create_once(self, run_as: RunAs | None) -> None:
+    def _create_once(self, run_as: RunAs | None, lock_descriptor: int) -> None:
         """Create the cluster and the database unless that was done before."""
         password_file = password_path(self._folder.parent)
         if self._data.exists():
@@ -174,19 +176,32 @@ class EmbeddedPostgres:
         try:
             options = ["-U", SUPERUSER, f"--pwfile={for_initdb}", "--auth=scram-sha-256", "--no-instructions"]
             # The built-in locale: the same order on every machine, whatever locales it has installed.
-            locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-            self._run_tool([_binary("initdb"), f"--pgdata={unfinished}", *options, *locale], run_as)
-            single = ["--single", "-D", str(unfinished), "postgres"]
-            self._run_tool([_binary("postgres"), *single], run_as, f"CREATE DATABASE {DATABASE}\n")
+            locale = [
+                "--encoding=UTF8",
+                "--locale=C",
+                "--locale-provider=builtin",
+                "--builtin-locale=C.UTF-8",
+            ]
+            initdb = ["initdb", f"--pgdata={unfinished}", *options, *locale]
+            self._run_tool(initdb, run_as, lock_descriptor)
+            single = ["postgres", "--single", f"-D{unfinished}", "postgres"]
+            self._run_tool(single, run_as, lock_descriptor, f"CREATE DATABASE {DATABASE}\n")
         finally:
             for_initdb.unlink()
         password_file.unlink(missing_ok=True)
         _write_private(password_file, f"*:*:*:{SUPERUSER}:{password}\n")
         unfinished.rename(self._data)
 
-    def _run_tool(self, argv: Sequence[str | Path], run_as: RunAs | None, stdin: str = "") -> None:
+    def _run_tool(
+        self, argv: Sequence[str], run_as: RunAs | None, lock_descriptor: int, stdin: str = ""
+    ) -> None:
         tool = processes.spawn(
-            argv, log_path=self.log_path, cwd=self._folder, run_as=run_as, stdin=subprocess.PIPE
+            [_binary(argv[0]), *argv[1:]],
+            log_path=self.log_path,
+            cwd=self._folder,
+            run_as=run_as,
+            pass_fds=(lock_descriptor,),
+            stdin=subprocess.PIPE,
         )
         try:
             tool.communicate(stdin.encode(), _CREATE_SECONDS)
@@ -194,9 +209,8 @@ class EmbeddedPostgres:
             tool.kill()
             tool.wait()
         if tool.returncode != 0:
-            raise DependencyError(
-                f"the PostgreSQL cluster cannot be created; see {self.log_path}\n{processes.tail(self.log_path)}"
-            )
+            said = processes.tail(self.log_path)
+            raise DependencyError(f"the PostgreSQL cluster cannot be created; see {self.log_path}\n{said}")
 
 
 def password_path(data_dir: Path) -> Path:
@@ -240,7 +254,9 @@ def _run_as(folder: Path) -> RunAs | None:
         # A home folder of mode 0700 on the way, mostly /root itself. Rather than opening it to everybody, the
         # server keeps root's right to walk through; containers often have only the wider one of the two.
         held = _permitted_capabilities()
-        capability = next((each for each in (_CAP_DAC_READ_SEARCH, _CAP_DAC_OVERRIDE) if held >> each & 1), None)
+        capability = next(
+            (each for each in (_CAP_DAC_READ_SEARCH, _CAP_DAC_OVERRIDE) if held >> each & 1), None
+        )
         if capability is None:
             raise ConfigurationError(
                 f"PostgreSQL does not run as root, and `{_USER_FOR_ROOT}` may not enter {folder}: "

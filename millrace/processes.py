@@ -74,7 +74,10 @@ def spawn(
 
 
 def stop(
-    process: subprocess.Popen[bytes], first: signal.Signals, seconds: float, then: signal.Signals = signal.SIGKILL
+    process: subprocess.Popen[bytes],
+    first: signal.Signals,
+    seconds: float,
+    then: signal.Signals = signal.SIGKILL,
 ) -> bool:
     """Ask a child to end, force it at the deadline, and reap it; True if it ended by itself."""
     if process.poll() is None:
@@ -89,7 +92,7 @@ def stop(
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Wait for a child that ends by itself and return its exit code; kill it at the deadline and return None."""
+    """Wait for a child to end by itself; return its exit code, or None if the deadline killed it."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -148,11 +151,11 @@ def name_of(pid: int) -> str:
 
 
 def tail(path: Path, lines: int = 12) -> str:
-    """Read the end of a log for an error message; empty if there is none."""
+    """Read the end of a log for an error message, less Java's stack frames; empty if there is no log."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 16_384))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])
+    return "\n".join([line for line in text.splitlines() if not line.startswith("\tat ")][-lines:])

@@ -37,7 +37,7 @@ class ChildSpec:
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait before a restart: doubling from `first_seconds`, from the start again after good health."""
+    """How long to wait before a restart: doubling from `first_seconds`, and anew after good health."""
 
     first_seconds: float = 1.0
     most_seconds: float = 30.0
@@ -93,7 +93,7 @@ async def supervise(
     called on the event loop.
 
     Raises:
-        ConfigurationError: A child ended with exit code 78; the message is its last line. All others are stopped.
+        ConfigurationError: A child ended with code 78; the message is its last line. All are stopped.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -141,13 +141,21 @@ async def _run_once(spec: ChildSpec, on_event: Callable[[Event], None]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         on_event(Exited(spec.name, process.wait(), time.monotonic() - started_at, expected))
     if process.returncode == EXIT_CONFIGURATION:
-        said = processes.tail(spec.log_path, lines=1) if spec.log_path.stat().st_size > log_bytes else "(no message)"
+        said = (
+            processes.tail(spec.log_path, lines=1)
+            if spec.log_path.stat().st_size > log_bytes
+            else "(no message)"
+        )
         raise ConfigurationError(f"{spec.name}: {said}")
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:
     """Wait for a child's end without reaping it."""
-    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+
+    def has_ended() -> bool:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    while not has_ended():  # noqa: ASYNC110  # nobody could set an event
         await asyncio.sleep(_POLL_SECONDS)
 
 

@@ -70,7 +70,7 @@ def own_kafka(tmp_path: Path) -> Iterator[EmbeddedKafka]:
 
 @pytest.fixture
 def own_postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
-    """Yield a started database server of the test's own, to kill and start again on the same data and port."""
+    """Yield a started server of the test's own, to kill and start again on the same data and port."""
     server = services.embedded_postgres(tmp_path)
     server.start()
     yield server

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from tests.support.eventually import eventually, eventually_sync
 
 QUICK = Backoff(first_seconds=0.01, most_seconds=0.04)
 IDLE = "import time; print('up', flush=True); time.sleep(600)"
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+DEAF = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('up', flush=True); time.sleep(600)"
+)
 POLITE = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
     "print('up', flush=True); time.sleep(600)"
@@ -44,7 +48,7 @@ async def test_restarts_a_child_that_ends_after_growing_pauses(tmp_path: Path) -
     await running
 
     pauses = [event.after_seconds for event in events if isinstance(event, Restarting)]
-    assert [0.01, 0.02, 0.04, 0.04] == pauses[:4]
+    assert pauses[:4] == [0.01, 0.02, 0.04, 0.04]
     codes = [event.code for event in events if isinstance(event, Exited) and not event.expected]
     assert {3} == set(codes)
 
@@ -64,22 +68,24 @@ async def test_restarts_a_child_that_was_killed(tmp_path: Path) -> None:
     await running
 
     killed = next(event for event in events if isinstance(event, Exited))
-    assert (-signal.SIGKILL, False) == (killed.code, killed.expected)
+    assert (killed.code, killed.expected) == (-signal.SIGKILL, False)
 
 
 async def test_wrong_configuration_ends_the_stack_with_its_last_line(tmp_path: Path) -> None:
     """A child that exits 78 is not restarted: everything stops and the child's own last line is the error."""
     events: list[Event] = []
     wrong = child(
-        tmp_path, "import sys; print('starting'); sys.exit(print('MILLRACE_X: no', file=sys.stderr) or 78)", "wrong"
+        tmp_path,
+        "import sys; print('starting'); sys.exit(print('MILLRACE_X: no', file=sys.stderr) or 78)",
+        "wrong",
     )
     with pytest.raises(ConfigurationError) as raised:
         await supervise([child(tmp_path, IDLE, "idle"), wrong], events.append, asyncio.Event(), QUICK)
 
-    assert "wrong: MILLRACE_X: no" == raised.value.message
+    assert raised.value.message == "wrong: MILLRACE_X: no"
     assert not any(isinstance(event, Restarting) for event in events)
     pids = [event.pid for event in events if isinstance(event, Started)]
-    assert [False, False] == [processes.is_alive(pid) for pid in pids]
+    assert [processes.is_alive(pid) for pid in pids] == [False, False]
 
 
 async def test_wrong_configuration_without_a_word_shows_no_older_line(tmp_path: Path) -> None:
@@ -88,7 +94,7 @@ async def test_wrong_configuration_without_a_word_shows_no_older_line(tmp_path: 
     spec.log_path.write_text("a line of yesterday\n")
     with pytest.raises(ConfigurationError) as raised:
         await supervise([spec], lambda _: None, asyncio.Event(), QUICK)
-    assert "step: (no message)" == raised.value.message
+    assert raised.value.message == "step: (no message)"
 
 
 async def test_stops_with_sigterm_and_kills_at_the_deadline(tmp_path: Path) -> None:
@@ -103,7 +109,7 @@ async def test_stops_with_sigterm_and_kills_at_the_deadline(tmp_path: Path) -> N
     await running
 
     ends = {event.name: (event.code, event.expected) for event in events if isinstance(event, Exited)}
-    assert {"polite": (0, True), "deaf": (-signal.SIGKILL, True)} == ends
+    assert ends == {"polite": (0, True), "deaf": (-signal.SIGKILL, True)}
 
 
 async def test_cancelling_stops_the_children(tmp_path: Path) -> None:
@@ -118,12 +124,15 @@ async def test_cancelling_stops_the_children(tmp_path: Path) -> None:
         await running
 
     ends = [(event.code, event.expected) for event in events if isinstance(event, Exited)]
-    assert [(0, True)] == ends
+    assert ends == [(0, True)]
 
 
 async def test_takes_the_children_of_a_child_along(tmp_path: Path) -> None:
     """A process that a child started does not outlive that child."""
-    program = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {IDLE!r}]).pid, flush=True)"
+    program = (
+        f"import subprocess, sys, time; print(subprocess.Popen(["
+        f"sys.executable, '-c', {IDLE!r}]).pid, flush=True)"
+    )
     stopping = asyncio.Event()
     spec = child(tmp_path, f"{program}; time.sleep(600)")
     running = asyncio.create_task(supervise([spec], lambda _: None, stopping, QUICK))
@@ -136,7 +145,7 @@ async def test_takes_the_children_of_a_child_along(tmp_path: Path) -> None:
 
 
 async def test_adds_to_logs_and_puts_long_ones_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child's output is added to its log, and a log over the limit is kept under another name at a start."""
+    """A child's output is added to its log; a log over the limit is kept under another name at a start."""
     monkeypatch.setattr("millrace.supervisor._MAX_LOG_BYTES", 100)
     spec = child(tmp_path, "import sys; print('out'); print('err', file=sys.stderr); sys.exit(78)")
     for _ in range(2):
@@ -147,14 +156,15 @@ async def test_adds_to_logs_and_puts_long_ones_aside(tmp_path: Path, monkeypatch
     spec.log_path.write_text("x" * 101)
     with pytest.raises(ConfigurationError):
         await supervise([spec], lambda _: None, asyncio.Event(), QUICK)
-    assert "x" * 101 == tmp_path.joinpath("step.log.1").read_text()
-    assert 2 == len(spec.log_path.read_text().split())
+    assert tmp_path.joinpath("step.log.1").read_text() == "x" * 101
+    assert len(spec.log_path.read_text().split()) == 2
 
 
 def test_children_die_with_a_killed_supervisor(tmp_path: Path) -> None:
     """SIGKILL of the process that supervises ends its children, even one that ignores SIGTERM."""
     program = (
-        "import asyncio, sys; from pathlib import Path; from millrace.supervisor import ChildSpec, supervise\n"
+        "import asyncio, sys; from pathlib import Path\n"
+        "from millrace.supervisor import ChildSpec, supervise\n"
         f"spec = ChildSpec('deaf', [sys.executable, '-c', {DEAF!r}], Path({str(tmp_path)!r}) / 'deaf.log')\n"
         "asyncio.run(supervise([spec], lambda event: print(event.pid, flush=True), asyncio.Event()))"
     )
@@ -166,14 +176,23 @@ def test_children_die_with_a_killed_supervisor(tmp_path: Path) -> None:
     eventually_sync(lambda: not processes.is_alive(pid), timeout_seconds=5)
 
 
-async def test_a_child_survives_the_thread_that_started_it(tmp_path: Path) -> None:
-    """The kernel's parent-death signal does not fire when only the thread that asked for the child has ended."""
+def test_a_child_survives_the_thread_that_started_it(tmp_path: Path) -> None:
+    """A child is not told of its parent's death when only the thread that asked for it has ended."""
     log = tmp_path / "log"
-    process = await asyncio.to_thread(processes.spawn, [sys.executable, "-c", POLITE], log_path=log)
-    await asyncio.get_running_loop().shutdown_default_executor()
-    await eventually(lambda: log.read_text() == "up\n", timeout_seconds=20)
-    assert process.poll() is None
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(processes.spawn([sys.executable, "-c", POLITE], log_path=log))
+        eventually_sync(lambda: log.read_text() == "up\n", timeout_seconds=20)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    thread.join()
+    eventually_sync(lambda: not task.exists(), timeout_seconds=5)
+
+    (process,) = started
     # Ctrl-C in a terminal goes to the whole session, so the child must have one of its own.
     assert process.pid == os.getsid(process.pid)
     assert processes.stop(process, signal.SIGTERM, seconds=10)
-    assert 0 == process.returncode
+    assert process.returncode == 0

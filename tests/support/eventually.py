@@ -4,17 +4,21 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 
 
+@overload
+async def eventually(check: Callable[[], Awaitable[T]], timeout_seconds: float) -> T: ...
+@overload
+async def eventually(check: Callable[[], T], timeout_seconds: float) -> T: ...
 async def eventually(check: Callable[[], Awaitable[T] | T], timeout_seconds: float) -> T:
     """Poll until the check returns something true without failing an assertion, and return that.
 
-    The check may be a plain function or a coroutine function; one that only asserts must end in `return True`.
+    The check may be a plain function or a coroutine function; one that only asserts must `return True`.
 
     Raises:
         AssertionError: It never held; the cause is its last failure.

@@ -1,9 +1,9 @@
 """Where tests get their Kafka and PostgreSQL from, and how the processes of one test run share them.
 
 In this order: the address in `MILLRACE_TEST_KAFKA` or `MILLRACE_TEST_DATABASE`; containers, if
-`MILLRACE_TEST_CONTAINERS=1` and Docker answers; else embedded ones on free ports. A service that cannot be had
-is an error, never a skip. The first process of a run that asks starts the service, and it waits at its end for
-the others that use it (`Share`), as embedded services die with the process that started them.
+`MILLRACE_TEST_CONTAINERS=1` and Docker answers; else embedded ones on free ports. A service that cannot be
+had is an error, never a skip. The first process of a run that asks starts the service, and it waits at its
+end for the others that use it (`Share`), as embedded services die with the process that started them.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ def start_kafka(folder: Path) -> Service:
 
 
 def start_postgres(folder: Path) -> Service:
-    """Find or start a PostgreSQL server; the address is the URL of a database whose user may create others."""
+    """Find or start a PostgreSQL server; the address is the URL of a user who may create databases."""
     if address := os.environ.get("MILLRACE_TEST_DATABASE"):
         return Service(address, lambda: None)
     if _containers_wanted():
@@ -142,7 +142,7 @@ async def execute(dsn: str, *statements: str) -> None:
 
 async def delete_topics(bootstrap_servers: str, prefix: str) -> None:
     """Delete every topic whose name starts with the prefix."""
-    from aiokafka.admin import AIOKafkaAdminClient  # type: ignore[import-untyped]
+    from aiokafka.admin import AIOKafkaAdminClient
 
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     await admin.start()
