@@ -87,19 +87,28 @@ class Fetcher:
             task.add_done_callback(self._tasks.discard)
 
     async def _attempt(self, work: Work) -> None:
-        dataref = work.request.event.dataref
-        assert dataref is not None
-        if work.is_past_deadline():
-            work.is_expired = True
-            return self._on_fetched(work)
+        work.is_expired = work.is_past_deadline()
+        retry_seconds = None if work.is_expired else await self._fetch_once(work)
+        if retry_seconds is None:
+            self._on_fetched(work)
+            return
+        self.release(work)
+        if self._draining:
+            self._on_dropped(work)
+            return
+        self._retries[work] = asyncio.get_running_loop().call_later(retry_seconds, self._retry, work)
+
+    async def _fetch_once(self, work: Work) -> float | None:
+        """Set the work's `data` or `error`, or return after how many seconds to try again."""
+        assert work.request.event.dataref is not None
         try:
-            work.data = await self._fetch(dataref)
+            work.data = await self._fetch(work.request.event.dataref)
         except MissingImageError as error:
             now = asyncio.get_running_loop().time()
             work.missing_since = work.missing_since or now
-            left = work.missing_since + self._grace_seconds - now
-            if left > 0:
-                return self._retry_later(work, left)
+            left_seconds = work.missing_since + self._grace_seconds - now
+            if left_seconds > 0:
+                return min(self._backoff_seconds(work), left_seconds)
             work.error = error
         except DependencyError as error:
             return self._dependency_failed(work, error)
@@ -107,9 +116,9 @@ class Fetcher:
             work.error = error
         except Exception as error:  # a client library's own error: not the record's fault, so never its end
             return self._dependency_failed(work, error)
-        self._on_fetched(work)
+        return None
 
-    def _dependency_failed(self, work: Work, error: Exception) -> None:
+    def _dependency_failed(self, work: Work, error: Exception) -> float:
         metrics.RETRIES.labels(step="predict", dependency="object_store").inc()
         record = work.request.record
         _log.warning(
@@ -120,19 +129,13 @@ class Fetcher:
             attempts=work.fetch_attempts + 1,
             error=f"{type(error).__name__}: {error}",
         )
-        self._retry_later(work, MAX_RETRY_SECONDS)
+        return self._backoff_seconds(work)
 
-    def _retry_later(self, work: Work, at_most_seconds: float) -> None:
-        self.release(work)
-        if self._draining:
-            return self._on_dropped(work)
-        delay = min(
-            FIRST_RETRY_SECONDS * 2.0 ** min(work.fetch_attempts, 10), MAX_RETRY_SECONDS, at_most_seconds
-        )
+    @staticmethod
+    def _backoff_seconds(work: Work) -> float:
+        seconds = min(FIRST_RETRY_SECONDS * 2.0 ** min(work.fetch_attempts, 10), MAX_RETRY_SECONDS)
         work.fetch_attempts += 1
-        # Jitter downwards only: the last attempt at a missing object must not come after its grace.
-        delay *= random.uniform(0.5, 1.0)  # noqa: S311
-        self._retries[work] = asyncio.get_running_loop().call_later(delay, self._retry, work)
+        return seconds * random.uniform(0.5, 1.0)  # records that failed together do not come back together
 
     def _retry(self, work: Work) -> None:
         del self._retries[work]
