@@ -59,6 +59,11 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 
     consumer: "LedgerConsumer"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: dict[KafkaPartition, int] = {}  # where the next fetch must begin
+        self._went_back: dict[KafkaPartition, int] = {}
+
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
         settings = self.app.settings
         return AIOKafkaConsumer(
@@ -94,16 +99,39 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             KafkaPartition(*place)
             for place in self.consumer.delivery.fetchable((tp.topic, tp.partition) for tp in kafka.assignment())
         }
-        if not self.consumer.flow_active or not places:
-            with fetcher._subscriptions.fetch_context():
-                return  # an empty visit: aiokafka must not take us for dead
-        with fetcher._subscriptions.fetch_context():
+        self._hold_positions(kafka)
+        generation = self.app.consumer_generation_id
+        with fetcher._subscriptions.fetch_context():  # even an empty visit: aiokafka must not take us for dead
+            if not self.consumer.flow_active or not places:
+                return
             records = await fetcher.fetched_records(places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS)
         # No await from here on: positions and records must be of one moment.
-        assignment = kafka._subscription.subscription.assignment
-        states = {tp: assignment.state_value(tp) for tp in assignment.tps} if assignment else {}
-        positions = {tp: state.position for tp, state in states.items() if state and state.has_valid_position}
-        self.consumer.fetches.append(_Fetch(self.app.consumer_generation_id, records, positions))
+        if not self.consumer.flow_active or generation != self.app.consumer_generation_id:
+            # The wait above can outlast a rebalance and its seek. These records will not be passed on: go back.
+            for partition, fetched in records.items():
+                kafka.seek(partition, fetched[0].offset)
+            return
+        positions = _positions(kafka)
+        self._held.update(positions)
+        self.consumer.fetches.append(_Fetch(generation, records, positions))
+
+    def _hold_positions(self, kafka: AIOKafkaConsumer) -> None:
+        """Go back where a position moved on without a fetch of ours, so that nothing is skipped.
+
+        It may only happen when retention deleted what we were to read next; then going back changes nothing
+        and the new position is taken (the loss is counted by `Delivery.observe_ends`).
+        """
+        for partition, position in _positions(kafka).items():
+            held = self._held.get(partition)
+            if held is None or position <= held:
+                continue
+            log.error("a fetch position moved by itself", topic=partition.topic, partition=partition.partition,
+                      offset=held, position=position)  # fmt: skip
+            if self._went_back.get(partition) != held:
+                self._went_back[partition] = held
+                kafka.seek(partition, held)
+            else:
+                self._held[partition] = position
 
     async def commit_marked(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
         """Commit offsets with metadata.
@@ -159,9 +187,11 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 
     async def _seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
         kafka = self._ensure_consumer()
+        self._held.clear()
         for place, offset in offsets.items():
             if (partition := KafkaPartition(*place)) in kafka.assignment():
                 kafka.seek(partition, offset)
+                self._held[partition] = offset
 
 
 class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
@@ -198,6 +228,8 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
                 raise
 
     async def _pass_on(self, fetch: _Fetch) -> None:
+        if not self.flow_active:
+            return  # a rebalance has begun: `perform_seek` will set new positions before the flow resumes
         for tp in fetch.positions.keys() | fetch.records.keys():
             given = [to_record(record) for record in fetch.records.get(tp, ())]
             opened = self.delivery.fetched(
@@ -367,3 +399,11 @@ class StepApp(faust.App):  # type: ignore[misc]
         name = f"read-{topic}"
         self.agent(self.topic(topic, key_type=bytes, value_type=bytes), name=name, concurrency=1)(read)
 
+
+def _positions(kafka: AIOKafkaConsumer) -> dict[KafkaPartition, int]:
+    subscription = kafka._subscription.subscription
+    assignment = subscription.assignment if subscription else None
+    if assignment is None:
+        return {}
+    states = {partition: assignment.state_value(partition) for partition in assignment.tps}
+    return {tp: state.position for tp, state in states.items() if state and state.has_valid_position}

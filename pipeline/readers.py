@@ -282,9 +282,11 @@ async def read_all(settings: Settings, topic: str) -> list[Record]:
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             await consumer.start()
-        consumer.assign(list(partitions))
         ends = await consumer.end_offsets(partitions)
-        await consumer.seek_to_beginning(*partitions)
+        beginnings = await consumer.beginning_offsets(partitions)
+        consumer.assign(list(partitions))
+        for partition, offset in beginnings.items():
+            consumer.seek(partition, offset)
         records: list[Record] = []
         while any([await consumer.position(partition) < end for partition, end in ends.items()]):
             fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_MAX_RECORDS)
