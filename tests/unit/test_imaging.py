@@ -1,0 +1,224 @@
+"""Pictures of every kind and state come out as pixels of the wanted size, or as one plain reason."""
+
+import tracemalloc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import imaging
+from pipeline.errors import ImageError, ImageTooLargeError, UndecodableImageError
+from tests.support import pictures
+
+SIZE = (64, 32)
+CODECS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+SMALL = {codec: pictures.encode(pictures.scene(40, 30), codec) for codec in CODECS}
+LOSSY = 30  # of 255: what the codecs and the resize may change
+
+
+def halves_of(data: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the mean colours of the left and right half, less their border."""
+    pixels = imaging.decode(data, [SIZE]).pixels[0]
+    assert pixels.shape == (32, 64, 3)
+    assert pixels.dtype == np.uint8
+    left, right = pixels[:, 4:28].mean((0, 1)), pixels[:, 36:60].mean((0, 1))
+    return tuple(map(round, left)), tuple(map(round, right))
+
+
+def is_close(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return all(abs(a - b) <= LOSSY for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(pictures.encode(pictures.halves(), codec) for codec in CODECS),
+        pictures.animated("GIF"),
+        pictures.animated("WEBP"),
+        pictures.animated("PNG"),
+        pictures.cmyk_jpeg(),
+        pictures.encode(pictures.halves().convert("P"), "PNG"),
+        pictures.encode(pictures.halves().convert("RGBA"), "PNG"),
+        pictures.encode(pictures.halves().convert("RGBA"), "WEBP", lossless=True),
+        pictures.encode(pictures.halves(640, 320), "JPEG", progressive=True),
+        *(pictures.rotated_jpeg(orientation) for orientation in range(1, 9)),
+    ],
+)
+def test_every_kind_of_picture_is_decoded_upright(data: bytes) -> None:
+    """Codec, palette, CMYK, animation (its first frame) and orientation make no difference."""
+    left, right = halves_of(data)
+    assert is_close(left, pictures.LEFT)
+    assert is_close(right, pictures.RIGHT)
+
+
+@pytest.mark.parametrize("codec", ["PNG", "WEBP", "AVIF", "TIFF"])
+def test_orientation_counts_outside_jpeg(codec: str) -> None:
+    """An EXIF orientation is applied wherever the format carries one."""
+    exif = Image.Exif()
+    exif[pictures.EXIF_ORIENTATION] = 6
+    lying = pictures.halves().transpose(Image.Transpose.ROTATE_90)
+    data = pictures.encode(lying, codec, exif=exif)
+    left, right = halves_of(data)
+    assert is_close(left, pictures.LEFT)
+    assert is_close(right, pictures.RIGHT)
+    decoded = imaging.decode(data, [SIZE])
+    assert (decoded.width, decoded.height) == (64, 32)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_reported_is_the_upright_one(orientation: int) -> None:
+    """Width and height are as a person sees the picture."""
+    decoded = imaging.decode(pictures.rotated_jpeg(orientation), [SIZE])
+    assert (decoded.width, decoded.height) == (64, 32)
+
+
+def test_unreadable_exif_is_ignored() -> None:
+    """Broken metadata is no reason to refuse good pixels."""
+    data = pictures.encode(pictures.halves(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff\x00")
+    assert is_close(halves_of(data)[0], pictures.LEFT)
+
+
+def test_transparency_shows_the_background() -> None:
+    """A transparent part is white, whatever colour hides behind it."""
+    left, right = halves_of(pictures.palette_png_with_alpha())
+    assert is_close(left, pictures.LEFT)
+    assert right == imaging.BACKGROUND
+
+
+def test_grey_with_alpha_is_blended() -> None:
+    """Half-transparent black over white is middle grey."""
+    data = pictures.encode(Image.new("LA", (8, 8), (0, 128)), "PNG")
+    assert imaging.decode(data, [(4, 4)]).pixels[0].mean() == pytest.approx(127, abs=2)
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    """A 16-bit ramp from black to white comes out as an 8-bit ramp from black to white."""
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (16, 1))
+    pixels = imaging.decode(pictures.sixteen_bit_png(ramp), [(256, 16)]).pixels[0]
+    assert np.abs(pixels[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_sixteen_bit_tiff_is_scaled() -> None:
+    """Big- and little-endian 16-bit TIFFs are scaled like PNGs."""
+    grey = Image.fromarray(np.full((8, 8), 32896, np.uint16))
+    assert imaging.decode(pictures.encode(grey, "TIFF"), [(4, 4)]).pixels[0].max() == 128
+
+
+def test_black_and_white_is_averaged() -> None:
+    """A one-bit chessboard shrinks to grey, not to whichever pixel was hit."""
+    board = Image.fromarray((np.indices((64, 64)).sum(0) % 2).astype(bool))
+    pixels = imaging.decode(pictures.encode(board, "PNG"), [(8, 8)]).pixels[0]
+    assert np.abs(pixels.astype(int) - 127).max() < 20
+
+
+def test_several_sizes_come_from_one_decode() -> None:
+    """Each wanted size gives an array, in order."""
+    decoded = imaging.decode(pictures.jpeg(), [(64, 48), (7, 9)])
+    assert [array.shape for array in decoded.pixels] == [(48, 64, 3), (9, 7, 3)]
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
+    """A JPEG of many megapixels never has all its pixels in memory."""
+    data = pictures.encode(pictures.scene(4000, 3000), "JPEG")
+    exact = pictures.scene(4000, 3000).resize((256, 256), Image.Resampling.BOX)
+    pixels = imaging.decode(data, [(256, 256)]).pixels[0]
+    assert np.abs(pixels.astype(int) - np.asarray(exact)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (pictures.EMPTY, "the picture is empty (0 bytes)"),
+        (pictures.TEXT, "not a picture: the data begin with b'This is not '"),
+        (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "image/heic is not supported"),
+        (b"\x89PNG\r\n\x1a\n", "image/png: the header cannot be read"),
+        (b"\xff\xd8\xff\xe0", "image/jpeg: the header cannot be read"),
+    ],
+)
+def test_what_is_no_picture_is_refused_in_one_plain_line(data: bytes, reason: str) -> None:
+    """The reason says what is wrong, without a class name or an address."""
+    with pytest.raises(UndecodableImageError) as refused:
+        imaging.decode(data, [SIZE])
+    assert refused.value.message == reason
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_half_a_file_is_refused(codec: str) -> None:
+    """An interrupted upload is not passed off as a picture."""
+    data = pictures.encode(pictures.scene(), codec)
+    with pytest.raises(UndecodableImageError):
+        imaging.decode(data[: len(data) // 2], [SIZE])
+
+
+@pytest.mark.parametrize("data", [pictures.bomb_header_png(), pictures.huge_webp_header()])
+def test_too_many_pixels_are_refused_before_any_is_allocated(data: bytes) -> None:
+    """A small file that expands to hundreds of megapixels costs no memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageTooLargeError, match="pixels, the limit is 100,000,000 in all"):
+            imaging.decode(data, [SIZE])
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_limits_are_the_callers() -> None:
+    """Pillow's own limits neither add to ours nor take from them."""
+    data = pictures.jpeg()
+    with pytest.raises(ImageTooLargeError, match=r"bytes, the limit is 1,000"):
+        imaging.decode(data, [SIZE], imaging.Limits(max_bytes=1000))
+    with pytest.raises(ImageTooLargeError, match=r"320 x 240 pixels"):
+        imaging.decode(data, [SIZE], imaging.Limits(max_pixels=320 * 240 - 1))
+    imaging.decode(data, [SIZE], imaging.Limits(max_bytes=len(data), max_pixels=320 * 240))
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    """A picture without an agreed range of brightness is not guessed at."""
+    data = pictures.encode(Image.new("F", (8, 8), 0.5), "TIFF")
+    with pytest.raises(UndecodableImageError, match="floating-point"):
+        imaging.decode(data, [SIZE])
+
+
+def test_warnings_are_nobodys_fault() -> None:
+    """A decoder's warning fails nothing, even where warnings are errors, in any thread."""
+    data = pictures.encode(pictures.halves(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ThreadPoolExecutor(4) as pool:
+            decoded = list(pool.map(lambda _: imaging.decode(data, [SIZE]), range(16)))
+    assert len(decoded) == 16
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_raise_only_image_errors(data: bytes) -> None:
+    """Bytes decode or raise an `ImageError`; nothing else gets out."""
+    decode_or_refuse(data)
+
+
+@given(st.data())
+def test_damaged_pictures_raise_only_image_errors(data: st.DataObject) -> None:
+    """A picture cut, overwritten or stretched anywhere decodes or raises an `ImageError`."""
+    picture = bytearray(SMALL[data.draw(st.sampled_from(CODECS))])
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(picture)))
+        patch = data.draw(st.binary(min_size=1, max_size=8))
+        if data.draw(st.booleans()):
+            picture[at : at + len(patch)] = patch
+        else:
+            picture[at:at] = patch
+    end = data.draw(st.integers(0, len(picture)))
+    decode_or_refuse(bytes(picture[:end] if data.draw(st.booleans()) else picture))
+
+
+def decode_or_refuse(data: bytes) -> None:
+    try:
+        decoded = imaging.decode(data, [(8, 8)], imaging.Limits(max_bytes=1_000_000, max_pixels=1_000_000))
+    except ImageError as error:
+        assert error.message  # noqa: PT017
+        assert "\n" not in error.message  # noqa: PT017
+    else:
+        assert decoded.pixels[0].shape == (8, 8, 3)
