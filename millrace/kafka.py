@@ -35,8 +35,8 @@ status = error
 appenders = file
 appender.file.type = RollingFile
 appender.file.name = file
-appender.file.fileName = {log}
-appender.file.filePattern = {log}.%i
+appender.file.fileName = ${sys:millrace.log}
+appender.file.filePattern = ${sys:millrace.log}.%i
 appender.file.layout.type = PatternLayout
 appender.file.layout.pattern = [%d] %p %m (%c)%n
 appender.file.policies.type = Policies
@@ -135,7 +135,7 @@ class EmbeddedKafka:
         ports.require_free(self._host, self._controller_port, "MILLRACE_KAFKA_CONTROLLER_PORT")
         classpath = kafka_classpath(on_progress=self._on_progress)
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._folder.joinpath("log4j2.properties").write_text(_LOG4J.format(log=self.log_path))
+        self._folder.joinpath("log4j2.properties").write_text(_LOG4J)
         cluster_id = self._format_once(classpath, lock_descriptor)
         settings = self._write_properties("server.properties", self._folder / "data")
         self._process = processes.spawn(
@@ -144,12 +144,14 @@ class EmbeddedKafka:
                 # An exhausted heap leaves a broker that lives and answers nothing; a dead one gets restarted.
                 "-XX:+ExitOnOutOfMemoryError",
                 f"-XX:ErrorFile={self._logs}/kafka-crash-%p.log",
+                f"-Dmillrace.log={self.log_path}",
                 f"-Dlog4j2.configurationFile={self._folder / 'log4j2.properties'}",
                 "kafka.Kafka",
                 settings,
             ],
             log_path=self._console,
             cwd=self._folder,
+            env=_environment(),
             pass_fds=(lock_descriptor,),
         )
         self._lock.record(os.getpid(), self._process.pid)
@@ -207,6 +209,7 @@ class EmbeddedKafka:
                 [*tool, "-t", new_cluster_id(), "-c", settings],
                 log_path=self._console,
                 cwd=self._folder,
+                env=_environment(),
                 pass_fds=(lock_descriptor,),
             )
             if processes.finish(formatting, _FORMAT_SECONDS) != 0:
@@ -270,6 +273,11 @@ class EmbeddedKafka:
             # 10 MiB by default, mapped twice per open segment; this one still covers 512 MB of log.
             "log.index.size.max.bytes": str(1024 * 1024),
         }
+
+
+def _environment() -> dict[str, str]:
+    # Java reads file names in the locale's encoding, and in the C locale it cannot open a folder named `ü`.
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
 
 
 def new_cluster_id() -> str:

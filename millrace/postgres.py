@@ -32,8 +32,7 @@ _MAX_CONNECTIONS = 200  # steps hold 4 each; parallel tests hold more
 
 # PostgreSQL refuses to run as root, so root runs it as this user, which every distribution has.
 _USER_FOR_ROOT = "nobody"
-_CAP_DAC_OVERRIDE = 1  # linux/capability.h
-_CAP_DAC_READ_SEARCH = 2
+_CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID = 0, 1, 2, 6, 7  # capability.h
 
 
 class EmbeddedPostgres:
@@ -242,18 +241,20 @@ def _run_as(folder: Path) -> RunAs | None:
     """Choose the user to run as: None, which is ourselves, unless we are root."""
     if os.geteuid() != 0:
         return None
+    held = _permitted_capabilities()
     try:
         user = pwd.getpwnam(_USER_FOR_ROOT)
     except KeyError:
+        user = None
+    if user is None or not all(held >> each & 1 for each in (_CAP_CHOWN, _CAP_SETGID, _CAP_SETUID)):
         raise ConfigurationError(
-            f"PostgreSQL does not run as root and there is no user `{_USER_FOR_ROOT}`: "
+            f"PostgreSQL does not run as root, and this root may not run it as `{_USER_FOR_ROOT}`: "
             "start Millrace as another user, or set MILLRACE_DATABASE_URL"
-        ) from None
+        )
     capability = None
     if not all(_others_may_enter(path) for path in (folder, _binary("postgres"))):
         # A home folder of mode 0700 on the way, mostly /root itself. Rather than opening it to everybody, the
         # server keeps root's right to walk through; containers often have only the wider one of the two.
-        held = _permitted_capabilities()
         capability = next(
             (each for each in (_CAP_DAC_READ_SEARCH, _CAP_DAC_OVERRIDE) if held >> each & 1), None
         )

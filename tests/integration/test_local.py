@@ -161,19 +161,24 @@ def test_a_postgres_started_by_hand_is_left_alone(own_postgres: EmbeddedPostgres
     assert own_postgres.running
 
 
-def test_half_made_folders_are_made_again(tmp_path: Path) -> None:
-    """A first start that was killed while it made the folders leaves nothing that hinders the next one."""
+def test_half_made_folders_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first start killed while it made the folders, whatever their name, does not hinder the next."""
+    monkeypatch.setenv("LC_ALL", "C")
+    folder = tmp_path / "ä folder $x=1 & more"
     for unfinished in ("kafka/data.formatting", "postgres/data.creating"):
-        (tmp_path / unfinished).mkdir(parents=True)
-        (tmp_path / unfinished / "half").write_text("made")
-    (tmp_path / "postgres" / "password.initdb").write_text("old")
-    with local_services(_settings(tmp_path)) as started:
+        (folder / unfinished).mkdir(parents=True)
+        (folder / unfinished / "half").write_text("made")
+    (folder / "postgres" / "password.initdb").write_text("old")
+    with local_services(_settings(folder)) as started:
         assert started.kafka is not None
         assert started.kafka.running
         assert started.postgres is not None
         assert started.postgres.running
     assert not started.kafka.running
     assert not started.postgres.running
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    logs = {path.name for path in (folder / "logs").iterdir()}
+    assert logs == {"kafka.log", "kafka-console.log", "postgres.log"}
 
 
 def test_services_with_an_address_are_not_started(tmp_path: Path) -> None:
