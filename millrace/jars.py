@@ -42,6 +42,12 @@ def cache_dir() -> Path:
     return Path(home) / "millrace"
 
 
+def missing_jars(folder: Path | None = None) -> list[str]:
+    """Return the coordinates of the jars that are not in the cache yet."""
+    folder = folder or cache_dir() / f"kafka-{KAFKA_VERSION}"
+    return [coordinate for coordinate in _read_pins() if not (folder / _file_name(coordinate)).exists()]
+
+
 def kafka_classpath(folder: Path | None = None, on_progress: Progress | None = None) -> list[Path]:
     """Return Kafka's jars, fetching those that are not in the cache yet.
 

@@ -1,7 +1,7 @@
 """Topics as the topic table wants them, and how far behind each consumer group is.
 
-Applying is idempotent and only ever adds: it creates topics, adds partitions and mends configuration, it never
-deletes a topic or a record. An existing topic with more partitions than the table says is left as it is.
+Applying is idempotent and only ever adds: it creates topics, adds partitions and mends configuration, and
+never deletes a topic or a record. A topic with more partitions than the table says is left as it is.
 """
 
 import asyncio
@@ -37,9 +37,9 @@ _log = logs.get(__name__)
 
 
 class TopicState(msgspec.Struct, frozen=True, kw_only=True):
-    """One topic of the table as it is on the broker; `name` is the broker's."""
+    """One topic of the table as it is on the broker, under the broker's name for it."""
 
-    name: str
+    topic: str
     partitions: int
     wanted_partitions: int
     replication_factor: int
@@ -111,18 +111,18 @@ async def apply_topics(settings: Settings, topics: Sequence[Topic] = TOPICS) -> 
             if not state.exists:
                 done.append(await _create(admin, settings, topic))
             elif state.partitions < state.wanted_partitions:
-                await admin.create_partitions({state.name: NewPartitions(state.wanted_partitions)})
+                await admin.create_partitions({state.topic: NewPartitions(state.wanted_partitions)})
                 detail = f"{state.partitions} -> {state.wanted_partitions}"
-                done.append(TopicChange(topic=state.name, change="partitions added", detail=detail))
+                done.append(TopicChange(topic=state.topic, change="partitions added", detail=detail))
             if state.exists and state.differences:
                 await _mend(admin, state)
                 detail = ", ".join(
                     f"{name}: {old} -> {new}" for name, (old, new) in state.differences.items()
                 )
-                done.append(TopicChange(topic=state.name, change="configuration mended", detail=detail))
-            changes += done or [TopicChange(topic=state.name, change="kept")]
+                done.append(TopicChange(topic=state.topic, change="configuration mended", detail=detail))
+            changes += done or [TopicChange(topic=state.topic, change="kept")]
         # A broker answers before it has learnt of the change itself; whoever publishes next must find it.
-        while not all(state.is_right for state in await _describe(admin, settings, topics)):
+        while not all(state.is_right for state in await _describe(admin, settings, topics)):  # noqa: ASYNC110
             await asyncio.sleep(_RETRY_SECONDS)
     return changes
 
@@ -192,7 +192,7 @@ async def _describe(
         )
         states.append(
             TopicState(
-                name=name,
+                topic=name,
                 partitions=len(partitions),
                 wanted_partitions=wanted_partitions(settings, topic),
                 replication_factor=min((len(partition["replicas"]) for partition in partitions), default=0),
@@ -237,7 +237,7 @@ async def _create(admin: AIOKafkaAdminClient, settings: Settings, topic: Topic) 
         return TopicChange(topic=name, change="kept", detail="created by somebody else meanwhile")
     except InvalidReplicationFactorError:
         raise ConfigurationError(
-            f"{PREFIX}TOPIC_REPLICATION_FACTOR: {settings.topic_replication_factor} is more than the brokers ({message})"
+            f"{PREFIX}TOPIC_REPLICATION_FACTOR: {settings.topic_replication_factor} cannot be had ({message})"
         ) from None
     except PolicyViolationError:
         raise ConfigurationError(f"the brokers' policy refuses topic {name}: {message}") from None
@@ -246,9 +246,9 @@ async def _create(admin: AIOKafkaAdminClient, settings: Settings, topic: Topic) 
 
 async def _mend(admin: AIOKafkaAdminClient, state: TopicState) -> None:
     # AlterConfigs replaces everything that is set on the topic: what others set must be sent along.
-    kept = {key: value for key, (value, is_own) in (await _config(admin, state.name)).items() if is_own}
+    kept = {key: value for key, (value, is_own) in (await _config(admin, state.topic)).items() if is_own}
     wanted = kept | {key: value for key, (_, value) in state.differences.items()}
-    (response,) = await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, state.name, wanted)])
+    (response,) = await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, state.topic, wanted)])
     code, message, *_ = response.resources[0]
     _check(code, message)
 

@@ -77,7 +77,7 @@ _log = logs.get(__name__)
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where the broker put a record; the offset is -1 in the rare case that only a repeat was acknowledged."""
+    """Where the broker put a record; the offset is -1 if it only remembers that it has the record."""
 
     topic: str
     partition: int
@@ -110,7 +110,8 @@ class _Connection:
                 return
             await asyncio.sleep(wait)
         raise DependencyError(
-            f"topic {topic} does not exist or may not be seen: run `millrace topics apply`, check {PREFIX}TOPIC_PREFIX"
+            f"topic {topic} does not exist or may not be seen: run `millrace topics apply`, "
+            f"check {PREFIX}TOPIC_PREFIX"
         )
 
     async def close(self, seconds: float) -> None:
@@ -185,7 +186,7 @@ class Publisher:
 
         Raises:
             RecordTooLargeError: client or broker refuse the size.
-            DependencyError: not acknowledged in time. It may still arrive, so repeating may add a second copy.
+            DependencyError: not acknowledged in time; it may still arrive, a repeat may add a second copy.
         """
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -269,7 +270,7 @@ class Publisher:
         error = future.exception()
         if error is None:
             sent = future.result()
-            # timestamp_type 1: the broker stamped it. aiokafka else gives the time of the batch's first record.
+            # Type 1: the broker stamped it. Else aiokafka gives the time of the batch's first record.
             stamped = sent.timestamp if sent.timestamp_type == 1 else timestamp_ms
             return Place(topic, sent.partition, sent.offset, stamped)
         # aiokafka never takes back the sequence number of a batch that failed (Java does), so the next

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from pipeline import logs
 from pipeline.errors import ConfigurationError, DependencyError
@@ -32,7 +32,7 @@ class UnreachableError(DependencyError):
 
 
 def backoff_seconds(longest: float = MAX_BACKOFF_SECONDS) -> Iterator[float]:
-    """Yield waits for ever: doubling from a quarter second to `longest`, with jitter so that clients spread."""
+    """Yield waits for ever, doubling from 0.25 s to `longest`, with jitter so that clients spread."""
     wait = 0.25
     while True:
         yield wait * random.uniform(0.5, 1.0)
@@ -120,8 +120,9 @@ def client_options(settings: Settings) -> dict[str, Any]:
 
 def unreachable(settings: Settings, error: BaseException) -> UnreachableError:
     """Say which brokers did not answer, and why as far as the client knows."""
-    reason = str(error) or type(error).__name__
-    return UnreachableError(f"no Kafka broker answers at {settings.resolved_kafka} ({reason})")
+    # Bootstrapping fails with the addresses alone, which are said already.
+    reason = "" if isinstance(error, KafkaConnectionError) else f" ({str(error) or type(error).__name__})"
+    return UnreachableError(f"no Kafka broker answers at {settings.resolved_kafka}{reason}")
 
 
 async def ping(settings: Settings, timeout_seconds: float = CONNECT_SECONDS) -> None:

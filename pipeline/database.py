@@ -188,6 +188,11 @@ class Database:
             object_keys=(*images["object_keys"], *dead_letters["object_keys"]),
         )
 
+    async def count_expired(self, before: datetime) -> Expired:
+        """Count what `expire` would delete; deletes nothing."""
+        (row,) = await self._pool.rows("count_expired", before)
+        return Expired(**row)
+
     async def queued_objects(self, limit: int) -> list[str]:
         """Return keys of objects whose rows are gone, oldest first."""
         async with self._pool.transaction() as connection:

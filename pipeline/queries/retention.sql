@@ -35,6 +35,12 @@ WITH known AS (
 )
 SELECT rows, ARRAY(SELECT object_key FROM queued) AS object_keys FROM known
 
+-- name: count_expired
+-- Count what was stored before $1.
+SELECT (SELECT count(*) FROM images WHERE stored_at < $1) AS images,
+    (SELECT count(*) FROM predictions WHERE stored_at < $1) AS predictions,
+    (SELECT count(*) FROM dead_letters WHERE stored_at < $1) AS dead_letters
+
 -- name: expire_images
 -- Delete up to $2 images stored before $1 and queue their objects.
 WITH old AS (

@@ -38,15 +38,15 @@ async def test_apply_mends_drift_and_keeps_what_it_does_not_own(settings: Settin
     await broker.apply_topics(settings, [before])
     await _set(settings, settings.topic(IMAGES_BULK.name), before.config() | {"segment.ms": "3600000"})
     (state,) = await broker.describe_topics(settings, [IMAGES_BULK])
-    assert {"retention.ms": ("60000", "604800000")} == state.differences
+    assert state.differences == {"retention.ms": ("60000", "604800000")}
     changes = await broker.apply_topics(settings, [IMAGES_BULK])
-    assert ["partitions added", "configuration mended"] == [change.change for change in changes]
+    assert [change.change for change in changes] == ["partitions added", "configuration mended"]
     (state,) = await broker.describe_topics(settings, [replace(IMAGES_BULK, partitions=3)])
-    assert (12, True) == (state.partitions, state.is_right)
-    assert "3600000" == await _get(settings, settings.topic(IMAGES_BULK.name), "segment.ms")
+    assert (state.partitions, state.is_right) == (12, True)
+    assert await _get(settings, settings.topic(IMAGES_BULK.name), "segment.ms") == "3600000"
     # More partitions than the table says are somebody's decision.
     (change,) = await broker.apply_topics(settings, [replace(IMAGES_BULK, partitions=3)])
-    assert "kept" == change.change
+    assert change.change == "kept"
 
 
 async def test_a_replication_factor_above_the_brokers_names_the_setting(
@@ -84,7 +84,7 @@ async def test_lag_counts_from_the_commit_or_from_the_start(kafka: str, topic_pr
         ),
     ] == [row for row in await broker.lag(settings, [settings.group("archive")]) if row.topic == bulk]
     other = await broker.lag(settings, [settings.group("never-heard-of")])
-    assert [] == other
+    assert other == []
 
 
 async def _commit(kafka: str, group: str, topic: str, offset: int) -> None:

@@ -1,0 +1,424 @@
+"""`millrace up`: the whole of Millrace on one machine, from the services up to sample predictions.
+
+Services whose addresses are set are somebody else's and stay untouched. Order matters: services, topics and
+tables, then processes, then samples; and back again at the end, so that every step can finish what it began.
+"""
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from millrace import ports, processes
+from millrace.local import EmbeddedKafka, EmbeddedPostgres, LocalServices, local_services
+from millrace.output import EXIT_FAILED, EXIT_INTERRUPTED, emit, say, show
+from millrace.results import line_of
+from millrace.samples import Samples
+from millrace.supervisor import ChildSpec, Event, Exited, Restarting, supervise
+from pipeline import broker, deadletters, events
+from pipeline.connections import backoff_seconds
+from pipeline.database import Database, migrate
+from pipeline.errors import ConfigurationError, ContractError, DependencyError
+from pipeline.settings import PREFIX, Settings
+from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, PREDICTIONS
+
+if TYPE_CHECKING:
+    import httpx
+
+STEPS = ("predict", "store", "archive")
+FIRST_WORKER_PORT = 8041
+# Importing torch and warming up take seconds; fetching a model for the first time may take minutes.
+_READY_SECONDS = 600.0
+_READY_NEWS_SECONDS = 15.0
+# Without any outcome for so long, the samples are not coming.
+_SAMPLE_QUIET_SECONDS = 60.0
+_STORED_SECONDS = 30.0
+_POLL_SECONDS = 0.1
+_LINES_PER_SECOND = 20
+# Beyond the grace period, within which a child ends itself.
+_STOP_MARGIN_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line asks for."""
+
+    replicas: dict[str, int] = field(default_factory=dict)
+    once: bool = False
+    samples: int = 24
+    seed: int = 7
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process of the stack, and where it says whether it is ready."""
+
+    spec: ChildSpec
+    ready_url: str
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """Read `predict=3,store=2`.
+
+    Raises:
+        ValueError: It is not that.
+    """
+    counts: dict[str, int] = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        step, _, number = item.partition("=")
+        if step not in STEPS or not number.isdigit() or int(number) > 100:
+            raise ValueError(f"{item!r} is not STEP=N with a step of {', '.join(STEPS)} and N up to 100")
+        counts[step] = int(number)
+    return counts
+
+
+def up(settings: Settings, wishes: Wishes) -> int:
+    """Run everything until Ctrl-C or SIGTERM, or until the samples are through; return the exit code.
+
+    Raises:
+        ConfigurationError, DependencyError: something cannot be started; everything else was stopped.
+    """
+    begun = time.monotonic()
+    ports.require_free(settings.gateway_host, settings.gateway_port, f"{PREFIX}GATEWAY_PORT")
+    own = [
+        name
+        for name, address in (
+            ("Kafka", settings.kafka_bootstrap_servers),
+            ("PostgreSQL", settings.database_url),
+        )
+        if address is None
+    ]
+    if own:
+        say(f"starting {' and '.join(own)} in {settings.data_dir}")
+    with local_services(settings, on_progress=_tell_fetching) as services:
+        resolved = settings.model_copy(
+            update={
+                "kafka_bootstrap_servers": services.kafka.bootstrap_servers
+                if services.kafka
+                else settings.resolved_kafka,
+                "database_url": services.postgres.dsn if services.postgres else settings.resolved_database,
+                "object_store_url": settings.resolved_object_store,
+                "data_dir": settings.data_dir.absolute(),
+            }
+        )
+        code = asyncio.run(_Stack(resolved, services, wishes, begun).run())
+        say("stopping")
+    return code
+
+
+def _tell_fetching(done: int, needed: int) -> None:
+    if done == needed or done % 10 == 1:
+        say(f"fetching Kafka: {done} of {needed} files")
+
+
+class _Stack:
+    """Everything above the services."""
+
+    def __init__(self, settings: Settings, services: LocalServices, wishes: Wishes, begun: float) -> None:
+        self._settings = settings
+        self._services = services
+        self._wishes = wishes
+        self._begun = begun
+        self._parts = _parts(settings, wishes.replicas)
+        self._samples = Samples(settings, wishes.seed, wishes.samples)
+        self._asked_to_stop = asyncio.Event()
+        self._printed: list[float] = []
+        self._unprinted = 0
+
+    async def run(self) -> int:
+        """Serve; return the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop)
+        stopping = asyncio.Event()
+        await self._unless_stopped(self._prepare())
+        if self._asked_to_stop.is_set():
+            return EXIT_INTERRUPTED if self._wishes.once else 0
+        supervising = asyncio.create_task(
+            supervise([part.spec for part in self._parts], self._tell, stopping)
+        )
+        keeping = asyncio.create_task(self._keep_services())
+        working = asyncio.create_task(self._unless_stopped(self._work()))
+        try:
+            # The supervisor ends by itself only when a child's settings are wrong.
+            await asyncio.wait({supervising, working}, return_when=asyncio.FIRST_COMPLETED)
+            if not supervising.done():
+                code = await working
+                return EXIT_INTERRUPTED if code is None and self._wishes.once else code or 0
+        finally:
+            working.cancel()
+            keeping.cancel()
+            await asyncio.wait({working, keeping})
+            stopping.set()
+            say(f"stopping {len(self._parts)} processes")
+            await supervising
+        raise AssertionError("a supervisor that ends by itself says why")
+
+    def _stop(self) -> None:
+        if self._asked_to_stop.is_set():
+            say("still stopping; started work is finished first")
+        self._asked_to_stop.set()
+
+    async def _unless_stopped(self, work: Coroutine[object, object, int | None]) -> int | None:
+        """Run something to its end, or to the signal; None then."""
+        task = asyncio.create_task(work)
+        signal_came = asyncio.create_task(self._asked_to_stop.wait())
+        try:
+            await asyncio.wait({task, signal_came}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for each in (task, signal_came):
+                each.cancel()
+            await asyncio.wait({task, signal_came})
+
+    async def _prepare(self) -> None:
+        """Apply topics and migrations."""
+        async with asyncio.TaskGroup() as group:
+            topics = group.create_task(broker.apply_topics(self._settings))
+            group.create_task(migrate(self._settings.resolved_database))
+        created = [change.topic for change in topics.result() if change.change != "kept"]
+        if created:
+            say(f"applied topics: {', '.join(created)}")
+
+    async def _work(self) -> int | None:
+        say(f"starting {', '.join(part.spec.name for part in self._parts)}")
+        await self._wait_until_ready()
+        say(f"ready after {time.monotonic() - self._begun:.1f} s")
+        async with self._watching():
+            if self._wishes.samples:
+                faults = await self._publish_samples()
+                if self._wishes.once:
+                    return EXIT_FAILED if faults else 0
+            elif self._wishes.once:
+                return 0
+            self._say_where()
+            await asyncio.Event().wait()
+        return 0
+
+    async def _wait_until_ready(self) -> None:
+        import httpx
+
+        waiting = {part.spec.name: part for part in self._parts}
+        deadline = time.monotonic() + _READY_SECONDS
+        news_at = time.monotonic() + _READY_NEWS_SECONDS
+        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+            while waiting:
+                reasons = {}
+                for name, part in list(waiting.items()):
+                    reason = await _unready(client, part.ready_url)
+                    if reason is None:
+                        del waiting[name]
+                    else:
+                        reasons[name] = reason
+                if time.monotonic() > deadline:
+                    name, reason = next(iter(reasons.items()))
+                    raise DependencyError(
+                        f"{name} is not ready ({reason}); see {waiting[name].spec.log_path}"
+                    )
+                if reasons and time.monotonic() > news_at:
+                    news_at += _READY_NEWS_SECONDS
+                    say("waiting for " + ", ".join(f"{name} ({reason})" for name, reason in reasons.items()))
+                await asyncio.sleep(_POLL_SECONDS)
+
+    @asynccontextmanager
+    async def _watching(self) -> AsyncIterator[None]:
+        """Print predictions as they come, from now on."""
+        topics = [self._settings.topic(topic.name) for topic in (PREDICTIONS, DEAD_LETTERS)]
+        reader = broker.LiveReader(self._settings, topics, client_id="millrace-up")
+        await reader.start()
+        watching = asyncio.create_task(self._watch(reader))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+            await reader.stop()
+
+    async def _watch(self, reader: broker.LiveReader) -> None:
+        async for record in reader:
+            if record.topic == self._settings.topic(DEAD_LETTERS.name):
+                letter = deadletters.decode_dead_letter(record)
+                name = letter.image_id or letter.record.default_id
+                say(f"{name}  dead letter  {letter.code}: {letter.reason}")
+                self._samples.see_dead_letter(letter)
+                continue
+            with suppress(ContractError):
+                prediction = events.decode_prediction(record)
+                self._print(prediction)
+                self._samples.see(prediction)
+
+    def _print(self, prediction: events.Prediction) -> None:
+        if self._wishes.as_json:
+            emit(prediction)
+            return
+        # A load of hundreds a second would scroll everything else away.
+        now = time.monotonic()
+        self._printed = [moment for moment in self._printed if moment > now - 1.0]
+        if len(self._printed) >= _LINES_PER_SECOND:
+            self._unprinted += 1
+            return
+        if self._unprinted:
+            say(f"... and {self._unprinted:,} more")
+            self._unprinted = 0
+        self._printed.append(now)
+        show(line_of(prediction))
+
+    async def _publish_samples(self) -> list[str]:
+        """Publish the samples and wait for their results; return what is wrong with them."""
+        say(f"publishing {self._wishes.samples} sample pictures to both lanes")
+        publisher = broker.Publisher(self._settings, client_id="millrace-up")
+        await publisher.start()
+        try:
+            await self._samples.publish(publisher)
+        finally:
+            await publisher.stop()
+        await self._samples.wait(_SAMPLE_QUIET_SECONDS)
+        database = await Database.open(self._settings)
+        try:
+            await self._samples.check_stored(database, _STORED_SECONDS)
+        finally:
+            await database.close()
+        faults = list(self._samples.faults())
+        for fault in faults:
+            say(fault)
+        right = self._wishes.samples - len(faults)
+        say(f"{right} of {self._wishes.samples} samples came out as expected")
+        return faults
+
+    def _say_where(self) -> None:
+        settings = self._settings
+        gateway, kafka = settings.resolved_gateway, settings.resolved_kafka
+        bulk = settings.topic(IMAGES_BULK.name)
+        say(
+            f"\nMillrace is up.\n"
+            f"  gateway   {gateway}  (documentation: {gateway}/docs)\n"
+            f"  Kafka     {kafka}\n"
+            f"  database  {_without_password(settings.resolved_database)}\n"
+            f"  pictures  {settings.resolved_object_store}\n"
+            f"  logs      {settings.data_dir / 'logs'}\n"
+            f"Try, in another terminal:\n"
+            f"  curl -F file=@picture.jpg '{gateway}/v1/images'\n"
+            f"  kcat -P -b {kafka} -t {bulk} -X message.max.bytes=8388608 picture.jpg\n"
+            f"  millrace publish images FOLDER\n"
+            f"  millrace lag\n"
+            f"Ctrl-C stops everything.\n"
+        )
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Exited) and not event.expected:
+            log = next(part.spec.log_path for part in self._parts if part.spec.name == event.name)
+            say(f"{event.name} ended with code {event.code} after {event.ran_seconds:.0f} s; {log} ends:")
+            say(processes.tail(log, lines=3))
+        elif isinstance(event, Restarting):
+            say(f"starting {event.name} again in {event.after_seconds:g} s")
+
+    async def _keep_services(self) -> None:
+        """Start an embedded service again that ended: the steps wait for it."""
+        kept: list[EmbeddedKafka | EmbeddedPostgres] = [
+            service for service in (self._services.kafka, self._services.postgres) if service is not None
+        ]
+        delays = backoff_seconds()
+        while True:
+            await asyncio.sleep(1.0)
+            for service in kept:
+                if service.running:
+                    continue
+                name = type(service).__name__.removeprefix("Embedded")
+                say(f"{name} ended, starting it again; see {service.log_path}")
+                try:
+                    await asyncio.to_thread(service.start)
+                    say(f"{name} is back")
+                    delays = backoff_seconds()
+                except (ConfigurationError, DependencyError) as error:
+                    say(error.message)
+                    await asyncio.sleep(next(delays))
+
+
+def _parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
+    """Describe the processes to run."""
+    logs = settings.data_dir / "logs"
+    stop_seconds = settings.shutdown_grace_seconds + _STOP_MARGIN_SECONDS
+    env = {
+        f"{PREFIX}KAFKA_BOOTSTRAP_SERVERS": settings.resolved_kafka,
+        f"{PREFIX}DATABASE_URL": settings.resolved_database,
+        f"{PREFIX}OBJECT_STORE_URL": settings.resolved_object_store,
+        f"{PREFIX}DATA_DIR": str(settings.data_dir),
+    }
+    gateway = [sys.executable, "-m", "gateway"]
+    parts = [
+        Part(
+            ChildSpec("gateway", gateway, logs / "gateway.log", env, stop_seconds),
+            f"{_loopback(settings.gateway_host, settings.gateway_port)}/readyz",
+        )
+    ]
+    counts = {step: replicas.get(step, 1) for step in STEPS}
+    free = iter(_worker_ports(settings.worker_host, sum(counts.values())))
+    for step, count in counts.items():
+        for number in range(1, count + 1):
+            name = step if count == 1 else f"{step}-{number}"
+            port = next(free)
+            own = env | {f"{PREFIX}WORKER_PORT": str(port)} | _threads(settings, step, count)
+            argv = [sys.executable, "-m", "agents", step]
+            spec = ChildSpec(name, argv, logs / f"{name}.log", own, stop_seconds)
+            parts.append(Part(spec, f"{_loopback(settings.worker_host, port)}/readyz"))
+    return parts
+
+
+def _threads(settings: Settings, step: str, count: int) -> dict[str, str]:
+    """Share the cores between replicas: each would else use all of them."""
+    if step != "predict" or count == 1:
+        return {}
+    share = str(max(1, (os.cpu_count() or 1) // count))
+    wanted = {
+        f"{PREFIX}TORCH_THREADS": settings.torch_threads,
+        f"{PREFIX}DECODE_THREADS": settings.decode_threads,
+    }
+    return {name: share for name, value in wanted.items() if value == 0}
+
+
+def _worker_ports(host: str, count: int) -> Sequence[int]:
+    found: list[int] = []
+    for port in range(FIRST_WORKER_PORT, FIRST_WORKER_PORT + 10 * count + 10):
+        if len(found) == count:
+            break
+        with suppress(ConfigurationError):
+            ports.require_free(host, port, "")
+            found.append(port)
+    return found + [ports.find_free(host) for _ in range(count - len(found))]
+
+
+def _loopback(host: str, port: int) -> str:
+    """Return the URL by which this machine reaches what binds to `host`."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return f"http://{reached}:{port}"
+
+
+async def _unready(client: "httpx.AsyncClient", url: str) -> str | None:
+    import httpx
+
+    try:
+        response = await client.get(url)
+    except httpx.HTTPError:
+        return "starting"
+    if response.is_success:
+        return None
+    try:
+        return str(response.json().get("reason", "starting"))
+    except (ValueError, AttributeError):
+        return f"HTTP {response.status_code}"
+
+
+def _without_password(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    if parts.password is None:
+        return shlex.quote(url) if "?" in url else url
+    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
