@@ -34,9 +34,13 @@ from pipeline.topics import Topic
 
 log = logs.get(__name__)
 
-STEPS = {"predict": "agents.predict:Predict", "store": "agents.store:Store", "archive": "agents.archive:Archive"}
+STEPS = {
+    "predict": "agents.predict:Predict",
+    "store": "agents.store:Store",
+    "archive": "agents.archive:Archive",
+}
 
-# Membership may be lost for a while during a broker's restart; minutes with a broker that answers are a fault.
+# Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.
 LOST_MEMBERSHIP_SECONDS = 180.0
 MONITOR_SECONDS = 15.0
 # Of the grace period after SIGTERM: for started work; the rest is for leaving the group and closing clients.

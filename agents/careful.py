@@ -16,7 +16,7 @@ from dataclasses import dataclass
 # Suspects after a death: an owner may have started this many records past its commit before it died.
 # Fewer would only take one more death to narrow it down, more would only read longer one at a time.
 MAX_SUSPECTS = 256
-# The record is not opened again after so many deaths with it alone in flight: once may be the machine's fault.
+# A record is not opened again after so many deaths with it alone in flight: one may be the machine's fault.
 MAX_LONE_DEATHS = 3
 # Suspects of one partition and healthy records of others take turns of this length.
 CAREFUL_TURN_SECONDS = 0.5

@@ -95,19 +95,19 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         fetcher = kafka._fetcher
         if kafka._closed or fetcher._closed:
             raise ConsumerStoppedError
-        places = {
-            KafkaPartition(*place)
-            for place in self.consumer.delivery.fetchable((tp.topic, tp.partition) for tp in kafka.assignment())
-        }
+        owned = ((tp.topic, tp.partition) for tp in kafka.assignment())
+        places = {KafkaPartition(*place) for place in self.consumer.delivery.fetchable(owned)}
         self._hold_positions(kafka)
         generation = self.app.consumer_generation_id
-        with fetcher._subscriptions.fetch_context():  # even an empty visit: aiokafka must not take us for dead
+        with fetcher._subscriptions.fetch_context():  # even for nothing: aiokafka must not take us for dead
             if not self.consumer.flow_active or not places:
                 return
-            records = await fetcher.fetched_records(places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS)
+            records = await fetcher.fetched_records(
+                places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS
+            )
         # No await from here on: positions and records must be of one moment.
         if not self.consumer.flow_active or generation != self.app.consumer_generation_id:
-            # The wait above can outlast a rebalance and its seek. These records will not be passed on: go back.
+            # The wait above can outlast a rebalance and its seek. These will not be passed on: go back.
             for partition, fetched in records.items():
                 kafka.seek(partition, fetched[0].offset)
             return
@@ -125,8 +125,8 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             held = self._held.get(partition)
             if held is None or position <= held:
                 continue
-            log.error("a fetch position moved by itself", topic=partition.topic, partition=partition.partition,
-                      offset=held, position=position)  # fmt: skip
+            place = {"topic": partition.topic, "partition": partition.partition, "offset": held}
+            log.error("a fetch position moved by itself", **place, position=position)
             if self._went_back.get(partition) != held:
                 self._went_back[partition] = held
                 kafka.seek(partition, held)
@@ -171,13 +171,17 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
                 beginnings = await kafka.beginning_offsets(partitions)
                 ends = await kafka.end_offsets(partitions)
         except (KafkaError, TimeoutError) as error:
-            raise DependencyError(f"Kafka does not say where partitions begin: {error or 'no answer'}") from error
+            reason = f"Kafka does not say where partitions begin: {error or 'no answer'}"
+            raise DependencyError(reason) from error
         starts = {}
         for place, partition in zip(places, partitions, strict=True):
             left = committed.get(partition)
             known = left is not None and left.offset >= 0
             starts[place] = Start(
-                left.offset if known else None, left.metadata or "" if known else "", beginnings[partition], ends[partition]
+                committed=left.offset if known else None,
+                metadata=(left.metadata or "") if known else "",
+                beginning=beginnings[partition],
+                end=ends[partition],
             )
         return starts
 
@@ -394,7 +398,8 @@ class StepApp(faust.App):  # type: ignore[misc]
         async def read(stream: Any) -> None:
             async for event in stream.noack().events():
                 message = event.message
-                self.delivery.received((message.topic, message.partition), message.generation_id, message.offset)
+                place = (message.topic, message.partition)
+                self.delivery.received(place, message.generation_id, message.offset)
 
         name = f"read-{topic}"
         self.agent(self.topic(topic, key_type=bytes, value_type=bytes), name=name, concurrency=1)(read)

@@ -114,8 +114,17 @@ class Delivered:
             self._partition.claimed += 1
         return self.state is State.CLAIMED
 
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether a hand-over gave the record back to Kafka."""
+        return self.state is State.FORGOTTEN
+
+    def put_back(self) -> None:
+        """Return an unclaimed record to the head of its queue."""
+        self._delivery._put_back(self)
+
     def finish(self, outcome: str) -> None:
-        """Acknowledge a claimed record: everything it causes is durable. Ignored after a hand-over's deadline."""
+        """Acknowledge a claimed record: all it causes is durable. Ignored after a hand-over's deadline."""
         self._delivery._finish(self, outcome)
 
 
@@ -186,7 +195,7 @@ class Delivery:
         self._room.set()
 
     async def mark_started(self, starts: Mapping[TopicPartition, Start]) -> None:
-        """Write into the commit metadata that this ownership began: if it ends without a trace, Kafka tells."""
+        """Note in the commit metadata that an ownership began: if it ends without a trace, Kafka tells."""
         marks = {}
         for place, start in starts.items():
             partition = self._partitions.get(place)
@@ -330,7 +339,8 @@ class Delivery:
             done = partition.ledger.committable
             if done is None:
                 done = start.beginning if partition.committed is None else partition.committed
-            lag[partition.topic] = lag.get(partition.topic, 0) + max(0, start.end - max(done, start.beginning))
+            behind = max(0, start.end - max(done, start.beginning))
+            lag[partition.topic] = lag.get(partition.topic, 0) + behind
         for topic, records in lag.items():
             metrics.LAG_RECORDS.labels(self._step, topic).set(records)
 
@@ -385,6 +395,20 @@ class Delivery:
         delivered._partition.taken.add(delivered)
         self._in_flight += 1
 
+    def _put_back(self, delivered: Delivered) -> None:
+        if delivered.state is not State.TAKEN:
+            return
+        partition = delivered._partition
+        delivered.state = State.WAITING
+        partition.taken.discard(delivered)
+        self._in_flight -= 1
+        if self._alone is delivered:
+            self._alone = None
+            self._careful.appendleft(delivered)
+        else:
+            partition.lane.waiting.appendleft(delivered)
+        self._changed.set()
+
     def _is_careful_turn(self) -> bool:
         """Suspects and healthy records take turns by time while both wait."""
         if not self._careful:
@@ -409,7 +433,7 @@ class Delivery:
             self._start_alone(delivered)
             delivered.claim()
             deaths = partition.mark.attempts
-            error = ProcessKilledError(f"its worker died {deaths} times while this record was alone in flight")
+            error = ProcessKilledError(f"its worker died {deaths} times with this record alone in flight")
             rejection = asyncio.ensure_future(self._reject(delivered, error))
             self._rejections.add(rejection)
             rejection.add_done_callback(self._rejections.discard)
@@ -492,16 +516,16 @@ class Delivery:
         """Count records below the partition's beginning that this group had not read, each once."""
         read = max(partition.ledger.next_offset, partition.committed or 0, partition.beginning)
         if (partition.committed is not None or partition.beginning >= 0) and read < start.beginning:
-            metrics.OFFSETS_EXPIRED.labels(self._step, partition.topic).inc(start.beginning - read)
-            log.error(
-                "retention deleted records this group had not read",
-                topic=partition.topic, partition=partition.number, offset=read, records=start.beginning - read,
-            )  # fmt: skip
+            lost = start.beginning - read
+            metrics.OFFSETS_EXPIRED.labels(self._step, partition.topic).inc(lost)
+            place = {"topic": partition.topic, "partition": partition.number, "offset": read}
+            log.error("retention deleted records this group had not read", **place, records=lost)
         partition.beginning = max(partition.beginning, start.beginning)
 
     def _observe(self) -> None:
         now = time.monotonic()
-        oldest = min((p.uncommitted_since for p in self._partitions.values() if p.uncommitted_since), default=now)
+        times = [partition.uncommitted_since for partition in self._partitions.values()]
+        oldest = min((since for since in times if since is not None), default=now)
         metrics.COMMIT_AGE_SECONDS.labels(self._step).set(now - oldest)
         for lane in self._lanes.values():
             metrics.LEDGER_RECORDS.labels(self._step, lane.name).set(lane.open_records)

@@ -15,7 +15,8 @@ from pipeline import deadletters, logs, metrics
 from pipeline.broker import Publisher
 from pipeline.connections import backoff_seconds
 from pipeline.errors import DependencyError, MillraceError, RecordTooLargeError, StorageRefusedError
-from pipeline.events import Record
+from pipeline.events import Headers, Record
+from pipeline.objects import ObjectStore, dead_letter_key
 from pipeline.settings import Settings
 from pipeline.topics import DEAD_LETTERS
 
@@ -63,8 +64,12 @@ async def publish_dead_letter(
     record: Record,
     error: MillraceError,
     image_id: str | None = None,
+    objects: ObjectStore | None = None,
 ) -> None:
-    """Return when the broker has the dead letter; `image_id` where it is not what the record itself names."""
+    """Return when the broker has the dead letter; `image_id` where it is not what the record itself names.
+
+    A value that the broker refuses to carry goes to the object store first, where there is one.
+    """
     letter = deadletters.from_error(settings.group(step), record, error, datetime.now(UTC))
     if image_id is not None:
         letter = msgspec.structs.replace(letter, image_id=image_id)
@@ -81,11 +86,21 @@ async def publish_dead_letter(
     try:
         await publisher.publish_forever(topic, deadletters.encode_dead_letter(letter), step=step)
     except RecordTooLargeError as too_large:
-        # Only where an operator made the topic's limit smaller than the table says. The place still tells.
+        # Only where an operator made the topic's limit smaller than the table says.
+        key = None
+        if objects is not None and record.value:
+            value, key = record.value, dead_letter_key(*letter.place)
+            await forever(lambda: objects.put(key, value), step=step, dependency="object store")
         bare = msgspec.structs.replace(
             letter,
-            reason=f"{letter.reason} (without its value: {too_large.message})",
-            record=msgspec.structs.replace(record, value=None, headers=()),
+            value_ref=key,
+            reason=f"{letter.reason} (its value is not here: {too_large.message})",
+            record=msgspec.structs.replace(record, value=None, headers=_identifying(record)),
         )
         await publisher.publish_forever(topic, deadletters.encode_dead_letter(bare), step=step)
     metrics.DEAD_LETTERS.labels(step, error.code).inc()
+
+
+def _identifying(record: Record) -> Headers:
+    """Keep the headers that a redrive needs and that are small by contract."""
+    return tuple((name, value) for name, value in record.headers if name == "ce_id" and len(value) < 2048)

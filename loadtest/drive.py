@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from loadtest.faults import Journal
 from pipeline import events
 from pipeline.broker import Publisher
-from pipeline.topics import Lane, LANES
 from pipeline.settings import Settings
+from pipeline.topics import LANES, Lane
 
 
 def arrivals(rate_per_second: float, seed: int) -> Iterator[float]:

@@ -118,9 +118,7 @@ async def account_database(
 ) -> Accounting:
     """Account by stored rows (image id, deployment) and dead letters; repeats are counted on the topics."""
     counts = await count_topics(settings)
-    return account(
-        journal, Counter(image_id for image_id, _ in rows), Counter(letters), counts.repeated
-    )
+    return account(journal, Counter(image_id for image_id, _ in rows), Counter(letters), counts.repeated)
 
 
 def identify(record: events.Record) -> str:

@@ -81,8 +81,7 @@ def encode_dead_letter(letter: DeadLetter) -> events.Outgoing:
         headers.append((name, value))
     if dropped:
         headers.append((PREFIX + "headers-dropped", str(dropped).encode()))
-    value = None if letter.value_ref else record.value
-    return events.Outgoing(record.key, value, tuple(headers))
+    return events.Outgoing(record.key, None if letter.value_ref else record.value, tuple(headers))
 
 
 def decode_dead_letter(record: events.Record) -> DeadLetter:
@@ -177,7 +176,11 @@ class FaultLimiter:
     def failed(self, now: float) -> None:
         """Count a fault laid on the model; opens when they are many and the majority."""
         self._add(now, fault=True)
-        if self._opened_at is None and self._faults >= self._max_faults and self._faults * 2 > len(self._seen):
+        if (
+            self._opened_at is None
+            and self._faults >= self._max_faults
+            and self._faults * 2 > len(self._seen)
+        ):
             self._opened_at = now
             self._next_probe_at = now + self._probe_seconds
 

@@ -12,7 +12,13 @@ import structlog
 from pipeline.settings import Settings
 
 # Chatty at info about things that are ours to report (joins, retries), or repeat every second.
-_QUIET = {"faust": "WARNING", "mode": "WARNING", "aiokafka": "WARNING", "asyncio": "WARNING", "httpx": "WARNING"}
+_QUIET = {
+    "faust": "WARNING",
+    "mode": "WARNING",
+    "aiokafka": "WARNING",
+    "asyncio": "WARNING",
+    "httpx": "WARNING",
+}
 
 
 def configure(settings: Settings, **context: str) -> None:

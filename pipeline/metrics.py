@@ -20,10 +20,14 @@ RECORDS_FORGOTTEN = Counter(
     "millrace_records_forgotten", "Unstarted records given back to Kafka at a hand-over.", ["step"]
 )
 RECORDS_ABANDONED = Counter(
-    "millrace_records_abandoned", "Started records dropped unacknowledged at a hand-over's deadline.", ["step"]
+    "millrace_records_abandoned",
+    "Started records dropped unacknowledged at a hand-over's deadline.",
+    ["step"],
 )
 DEAD_LETTERS = Counter("millrace_dead_letters", "Dead letters published, by error code.", ["step", "code"])
-RETRIES = Counter("millrace_retries", "Attempts repeated because a dependency failed.", ["step", "dependency"])
+RETRIES = Counter(
+    "millrace_retries", "Attempts repeated because a dependency failed.", ["step", "dependency"]
+)
 DUPLICATES = Counter(
     "millrace_duplicates", "Results already stored: same (repeat) or another picture (conflict).", ["kind"]
 )
@@ -34,7 +38,9 @@ QUEUE_SECONDS = Histogram(
     ["lane"], buckets=_SECONDS,
 )  # fmt: skip
 DECODE_SECONDS = Histogram("millrace_decode_seconds", "Decoding one picture.", buckets=_SECONDS)
-FORWARD_SECONDS = Histogram("millrace_forward_seconds", "One forward pass of one batch, all models.", buckets=_SECONDS)
+FORWARD_SECONDS = Histogram(
+    "millrace_forward_seconds", "One forward pass of one batch, all models.", buckets=_SECONDS
+)
 PUBLISH_SECONDS = Histogram(
     "millrace_publish_seconds", "From a result to the broker's acknowledgement.", ["step"], buckets=_SECONDS
 )
@@ -47,16 +53,24 @@ BATCHES = Counter("millrace_batches", "Forward passes, by why the batch was cut.
 # Delivery
 LEDGER_RECORDS = Gauge("millrace_ledger_records", "Records open or waiting for elder ones.", ["step", "lane"])
 LEDGER_BYTES = Gauge("millrace_ledger_bytes", "Bytes of open records.", ["step", "lane"])
-LANE_PAUSED = Gauge("millrace_lane_paused", "1 while a lane's partitions are paused for back-pressure.", ["step", "lane"])
+LANE_PAUSED = Gauge(
+    "millrace_lane_paused", "1 while a lane's partitions are paused for back-pressure.", ["step", "lane"]
+)
 COMMITS = Counter("millrace_commits", "Offset commits, by result: ok, refused, failed.", ["step", "result"])
 COMMIT_AGE_SECONDS = Gauge(
-    "millrace_commit_age_seconds", "Since the oldest finished, uncommitted record finished; 0 with none.", ["step"]
+    "millrace_commit_age_seconds",
+    "Since the oldest finished, uncommitted record finished; 0 with none.",
+    ["step"],
 )
 REBALANCES = Counter("millrace_rebalances", "Hand-overs of partitions: assigned, revoked.", ["step", "kind"])
-HANDOVER_SECONDS = Histogram("millrace_handover_seconds", "Finishing started work at a hand-over.", ["step"], buckets=_SECONDS)
+HANDOVER_SECONDS = Histogram(
+    "millrace_handover_seconds", "Finishing started work at a hand-over.", ["step"], buckets=_SECONDS
+)
 ASSIGNED_PARTITIONS = Gauge("millrace_assigned_partitions", "Partitions this worker owns.", ["step"])
 OFFSETS_EXPIRED = Counter(
-    "millrace_offsets_expired", "Records that retention deleted before this group read them.", ["step", "topic"]
+    "millrace_offsets_expired",
+    "Records that retention deleted before this group read them.",
+    ["step", "topic"],
 )
 CAREFUL_RECORDS = Counter(
     "millrace_careful_records", "Records read one at a time after their worker died.", ["step"]
@@ -68,5 +82,8 @@ LAG_RECORDS = Gauge("millrace_lag_records", "Records not yet committed, by topic
 # Gateway
 UPLOADS = Counter("millrace_uploads", "Uploads, by lane and HTTP status.", ["lane", "status"])
 REQUEST_SECONDS = Histogram(
-    "millrace_request_seconds", "HTTP requests by route template.", ["method", "route", "status"], buckets=_SECONDS
+    "millrace_request_seconds",
+    "HTTP requests by route template.",
+    ["method", "route", "status"],
+    buckets=_SECONDS,
 )

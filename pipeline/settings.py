@@ -27,7 +27,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     # Kafka
-    kafka_bootstrap_servers: str | None = Field(None, description="Brokers as host:port,…; none: the embedded Kafka.")
+    kafka_bootstrap_servers: str | None = Field(
+        None, description="Brokers as host:port,…; none: the embedded Kafka."
+    )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="How clients speak to the brokers."
     )
@@ -42,7 +44,9 @@ class Settings(BaseSettings):
     topic_prefix: str = Field(
         "", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="Put before every topic and consumer group name."
     )
-    topic_replication_factor: Count = Field(1, description="Replicas of topics that `millrace topics apply` creates.")
+    topic_replication_factor: Count = Field(
+        1, description="Replicas of topics that `millrace topics apply` creates."
+    )
     topic_partitions: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="Partitions of created topics; 0: what the topic table says."
     )
@@ -58,14 +62,18 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path(".millrace"), description="Where the embedded parts keep data and logs.")
     kafka_port: Port = Field(9092, description="Port of the embedded Kafka.")
     kafka_controller_port: Port = Field(9093, description="Controller port of the embedded Kafka.")
-    kafka_heap_megabytes: Annotated[int, Field(ge=128)] = Field(512, description="JVM heap of the embedded Kafka.")
+    kafka_heap_megabytes: Annotated[int, Field(ge=128)] = Field(
+        512, description="JVM heap of the embedded Kafka."
+    )
     postgres_port: Port = Field(5440, description="Port of the embedded PostgreSQL.")
 
     # Gateway
     gateway_host: str = Field("127.0.0.1", description="Address the gateway binds to; others need API keys.")
     gateway_port: Port = Field(8040, description="Port of the gateway.")
     api_keys_file: Path | None = Field(None, description="File with one API key per line.")
-    gateway_url: str | None = Field(None, description="Where the command line finds the gateway; none: host and port.")
+    gateway_url: str | None = Field(
+        None, description="Where the command line finds the gateway; none: host and port."
+    )
 
     # Workers
     worker_host: str = Field("127.0.0.1", description="Address of a worker's /livez, /readyz and /metrics.")
@@ -73,53 +81,86 @@ class Settings(BaseSettings):
         0, description="Port of a worker's HTTP site; 0: any free one, logged at start."
     )
     session_timeout_seconds: Seconds = Field(
-        20.0, description="A silent worker loses its partitions after this; heartbeats go on during long batches."
+        20.0,
+        description="A silent worker loses its partitions after this; heartbeats go on during long batches.",
     )
     rebalance_timeout_seconds: Seconds = Field(
         300.0, description="How long the group waits for workers that finish started work before a hand-over."
     )
     shutdown_grace_seconds: Seconds = Field(
-        30.0, description="After SIGTERM: started work finishes within this, else the process exits unacknowledged."
+        30.0,
+        description="After SIGTERM: started work finishes within this, else the process exits unacknowledged.",
     )
-    commit_interval_seconds: Seconds = Field(1.0, description="How often finished offsets are committed.")
-    max_open_records: Count = Field(1000, description="Records one lane may hold before its partitions are paused.")
-    max_open_bytes: Count = Field(64 * 1024 * 1024, description="Bytes one lane may hold before it is paused.")
+    commit_interval_seconds: Seconds = Field(
+        0.25, description="How often finished offsets are committed: what a SIGKILL repeats at most, in time."
+    )
+    max_open_records: Count = Field(
+        1000, description="Records one lane may hold before its partitions are paused."
+    )
+    max_open_bytes: Count = Field(
+        64 * 1024 * 1024, description="Bytes one lane may hold before it is paused."
+    )
     store_batch_records: Count = Field(500, description="Most records `store` writes in one transaction.")
-    store_batch_bytes: Count = Field(16 * 1024 * 1024, description="Most bytes `store` writes in one transaction.")
+    store_batch_bytes: Count = Field(
+        16 * 1024 * 1024, description="Most bytes `store` writes in one transaction."
+    )
 
     # Inference
     deployment: str = Field(
-        "default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Name of the set of models; a consumer group each."
+        "default",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Name of the set of models; a consumer group each.",
     )
     models: str = Field(
-        "builtin:quality,builtin:fingerprint", description="Models evaluated on each picture, comma-separated."
+        "builtin:quality,builtin:fingerprint",
+        description="Models evaluated on each picture, comma-separated.",
     )
     allow_python_models: bool = Field(
         False, description="Allow models named python:MODULE:ATTRIBUTE, which run the code they name."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(32, description="Most pictures in one forward pass.")
-    decode_threads: Annotated[int, Field(ge=0, le=256)] = Field(0, description="Decoder threads; 0: one per core.")
-    torch_threads: Annotated[int, Field(ge=0, le=256)] = Field(0, description="Torch CPU threads; 0: torch decides.")
-    max_image_bytes: Count = Field(32 * 1024 * 1024, description="Largest encoded picture, inline or by dataref.")
-    max_image_pixels: Count = Field(100_000_000, description="Largest picture; more is refused before decoding.")
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
+        32, description="Most pictures in one forward pass."
+    )
+    decode_threads: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Decoder threads; 0: one per core."
+    )
+    torch_threads: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Torch CPU threads; 0: torch decides."
+    )
+    max_image_bytes: Count = Field(
+        32 * 1024 * 1024, description="Largest encoded picture, inline or by dataref."
+    )
+    max_image_pixels: Count = Field(
+        100_000_000, description="Largest picture; more is refused before decoding."
+    )
     missing_object_grace_seconds: Annotated[float, Field(ge=0)] = Field(
-        60.0, description="How long an object behind a dataref may be missing before that is the record's fault."
+        60.0,
+        description="How long an object behind a dataref may be missing before that is the record's fault.",
     )
     batch_hang_seconds: Seconds = Field(
         600.0, description="A forward pass longer than this ends the process without acknowledging."
     )
-    max_model_faults: Count = Field(20, description="Model faults in a minute that, as a majority, pause the step.")
-    fault_probe_seconds: Seconds = Field(60.0, description="While paused by model faults: one record is tried this often.")
+    max_model_faults: Count = Field(
+        20, description="Model faults in a minute that, as a majority, pause the step."
+    )
+    fault_probe_seconds: Seconds = Field(
+        60.0, description="While paused by model faults: one record is tried this often."
+    )
 
     # Retention
     result_retention_days: Annotated[float, Field(gt=0)] = Field(
-        90.0, description="`millrace retention` deletes images, results, dead letters and objects older than this."
+        90.0,
+        description="`millrace retention` deletes images, results, dead letters and objects older than this.",
     )
 
     # Logs
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
-    log_format: Literal["json", "console"] = Field("json", description="One JSON object per line, or coloured text.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged."
+    )
+    log_format: Literal["json", "console"] = Field(
+        "json", description="One JSON object per line, or coloured text."
+    )
 
     @field_validator("api_keys_file", "kafka_sasl_password_file", "kafka_tls_ca_file", "kafka_tls_certificate_file",
                      "kafka_tls_key_file")  # fmt: skip
@@ -143,9 +184,12 @@ class Settings(BaseSettings):
     def _agree(self) -> "Settings":
         if self.gateway_host not in LOOPBACK_HOSTS and self.api_keys_file is None:
             raise ValueError(
-                f"{PREFIX}API_KEYS_FILE: must be set because {PREFIX}GATEWAY_HOST is {self.gateway_host}, not loopback"
+                f"{PREFIX}API_KEYS_FILE: must be set because {PREFIX}GATEWAY_HOST is {self.gateway_host}, "
+                "not loopback"
             )
-        if "SASL" in self.kafka_security_protocol and not (self.kafka_sasl_username and self.kafka_sasl_password_file):
+        if "SASL" in self.kafka_security_protocol and not (
+            self.kafka_sasl_username and self.kafka_sasl_password_file
+        ):
             raise ValueError(
                 f"{PREFIX}KAFKA_SASL_USERNAME and {PREFIX}KAFKA_SASL_PASSWORD_FILE: must be set because "
                 f"{PREFIX}KAFKA_SECURITY_PROTOCOL is {self.kafka_security_protocol}"

@@ -1,0 +1,197 @@
+"""The `predict` step: pictures of both lanes in, one prediction or one dead letter each out.
+
+The engine computes; this file decides what an outcome becomes, and finishes a record only when the broker
+has what it became. It is the one judge of image envelopes.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from datetime import UTC, datetime
+
+from agents.delivery import Delivered, Delivery
+from agents.durable import publish_dead_letter
+from pipeline import events, logs, metrics, topics
+from pipeline.broker import Publisher
+from pipeline.deadletters import FaultLimiter
+from pipeline.errors import ContractError, MillraceError, ModelError, RecordTooLargeError
+from pipeline.inference import Dropped, Engine, EngineOptions, Expired, Failed, Outcome, Predicted, Request
+from pipeline.models import load_models, resolve_device
+from pipeline.objects import ObjectStore
+from pipeline.settings import Settings
+
+log = logs.get(__name__)
+
+# Of the grace period: how long the engine may finish what is on the device after the hand-over is over.
+ENGINE_STOP_SECONDS = 2.0
+
+
+class Predict:
+    """Feeds the engine from Kafka and publishes what comes out."""
+
+    name = "predict"
+    topics = (topics.IMAGES_REALTIME, topics.IMAGES_BULK)
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._group = settings.group(self.name)
+        self._predictions_topic = settings.topic(topics.PREDICTIONS.name)
+        self._publisher = Publisher(settings, client_id=self.name)
+        self._objects = ObjectStore.open(settings)
+        self._limiter = FaultLimiter(
+            max_faults=settings.max_model_faults, probe_seconds=settings.fault_probe_seconds
+        )
+        self._probe: Delivered | None = None
+        self._publishing: set[asyncio.Task[None]] = set()
+        self._broken: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Load and warm up the models, then wait for the broker."""
+        settings = self._settings
+        device = resolve_device(settings.device)
+        models = await asyncio.to_thread(
+            load_models, settings.models, device, allow_python=settings.allow_python_models
+        )
+        self._model_versions = tuple((model.name, model.version) for model in models)
+        self._engine = Engine(
+            models,
+            EngineOptions.from_settings(settings, device),
+            fetch=lambda key: self._objects.get(key, settings.max_image_bytes),
+            deliver=self._deliver,
+        )
+        await self._engine.start()
+        await self._publisher.start()
+        self._broken = asyncio.get_running_loop().create_future()
+
+    async def stop(self) -> None:
+        """Stop the engine; what is on the device gets no outcome and is delivered again."""
+        await self._engine.stop(ENGINE_STOP_SECONDS)
+        if self._publishing:
+            await asyncio.wait(self._publishing, timeout=ENGINE_STOP_SECONDS)
+        await self._publisher.stop()
+
+    def unready(self) -> str | None:
+        """Say so while model faults have paused the step."""
+        return "paused: the models fail on most records" if self._limiter.is_open else None
+
+    async def run(self, delivery: Delivery) -> None:
+        """Submit records while the engine has room."""
+        assert self._broken is not None
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._pump(delivery))
+            group.create_task(_watch(self._engine.fatal))
+            group.create_task(_watch(self._broken))
+
+    async def reject(self, delivered: Delivered, error: MillraceError) -> None:
+        """Dead-letter a record unopened."""
+        await self._dead_letter(delivered, error)
+
+    async def _pump(self, delivery: Delivery) -> None:
+        while True:
+            await self._engine.wait_for_room()
+            while not self._limiter.may_try(time.monotonic()):  # noqa: ASYNC110 (the clock decides)
+                await asyncio.sleep(min(1.0, self._settings.fault_probe_seconds / 10))
+            for delivered in await delivery.take(1, self._settings.max_open_bytes):
+                self._submit(delivered)
+
+    def _submit(self, delivered: Delivered) -> None:
+        record = delivered.record
+        if events.only_group(record) not in (None, self._group):
+            if delivered.claim():
+                delivered.finish("skipped")
+            return
+        try:
+            event = events.decode_image(record)
+        except ContractError as error:
+            if delivered.claim():
+                self._spawn(self._dead_letter(delivered, error))
+            return
+        if self._limiter.is_open:
+            self._probe = delivered
+        self._engine.submit(
+            Request(
+                event=event,
+                record=record,
+                lane=delivered.lane,
+                received_at=delivered.received_at,
+                claim=lambda: self._claim(delivered),
+                context=delivered,
+                is_forgotten=lambda: delivered.is_forgotten,
+            )
+        )
+
+    def _claim(self, delivered: Delivered) -> bool:
+        """Claim; while the limiter is open, everything but the probe waits outside the engine."""
+        if self._limiter.is_open and delivered is not self._probe:
+            delivered.put_back()
+        return delivered.claim()
+
+    def _deliver(self, outcomes: Sequence[tuple[Request, Outcome]]) -> None:
+        """Take the outcomes of a batch from the engine; must not block."""
+        now = time.monotonic()
+        for _, outcome in outcomes:
+            if isinstance(outcome, Predicted):
+                self._limiter.went_well(now)
+            elif isinstance(outcome, Failed) and isinstance(outcome.error, ModelError):
+                self._limiter.failed(now)
+        if self._limiter.is_open:
+            log.error("the models fail on most records", probe_seconds=self._settings.fault_probe_seconds)
+        metrics.LIMITER_OPEN.labels(self.name).set(self._limiter.is_open)
+        self._spawn(self._publish([pair for pair in outcomes if not isinstance(pair[1], Dropped)]))
+
+    async def _publish(self, outcomes: Sequence[tuple[Request, Outcome]]) -> None:
+        started = time.monotonic()
+        await asyncio.gather(*(self._publish_one(request, outcome) for request, outcome in outcomes))
+        metrics.PUBLISH_SECONDS.labels(self.name).observe(time.monotonic() - started)
+
+    async def _publish_one(self, request: Request, outcome: Outcome) -> None:
+        delivered: Delivered = request.context
+        if isinstance(outcome, Failed):
+            await self._dead_letter(delivered, outcome.error)
+            return
+        assert isinstance(outcome, Predicted | Expired)
+        prediction = self._prediction(request, outcome)
+        try:
+            await self._publisher.publish_forever(
+                self._predictions_topic, events.encode_prediction(prediction), step=self.name
+            )
+        except RecordTooLargeError as error:
+            await self._dead_letter(delivered, error)
+            return
+        delivered.finish(prediction.outcome)
+
+    def _prediction(self, request: Request, outcome: Predicted | Expired) -> events.Prediction:
+        event = request.event
+        return events.Prediction(
+            id=events.prediction_id(event.id, self._settings.deployment, self._model_versions),
+            image_id=event.id,
+            deployment=self._settings.deployment,
+            lane=request.lane,
+            outcome="predicted" if isinstance(outcome, Predicted) else "expired",
+            time=datetime.now(UTC),
+            receipt=outcome.receipt,
+            models=outcome.results if isinstance(outcome, Predicted) else (),
+            reason=None if isinstance(outcome, Predicted) else outcome.reason,
+            traceparent=event.traceparent,
+        )
+
+    async def _dead_letter(self, delivered: Delivered, error: MillraceError) -> None:
+        await publish_dead_letter(
+            self._publisher, self._settings, self.name, delivered.record, error, objects=self._objects
+        )
+        delivered.finish("dead_lettered")
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._publishing.add(task)
+        task.add_done_callback(self._published)
+
+    def _published(self, task: asyncio.Task[None]) -> None:
+        """A publication that fails for an unforeseen reason ends the step: the record is not finished."""
+        self._publishing.discard(task)
+        if not task.cancelled() and (error := task.exception()) and self._broken and not self._broken.done():
+            self._broken.set_exception(error)
+
+
+async def _watch(future: "asyncio.Future[None]") -> None:
+    await future
