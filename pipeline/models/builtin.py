@@ -35,8 +35,12 @@ NOISE = 0.02
 # 0.02; the median crosses 0.35 at a Gaussian blur of 1.8 pixels (of 256).
 SHARPNESS = 0.35
 
+# Pictures at a time on a CPU, so that their planes (256 KiB each) stay in its cache: 0.5 ms a picture instead
+# of 1.4 ms in batches of 32 (2 threads).
+CPU_CHUNK = 2
+
 NOISE_BLOCK_PIXELS = 16
-NOISE_QUANTILE = 0.2  # texture fills some blocks of a picture, noise fills all of them
+NOISE_QUANTILE = 0.1  # texture fills many blocks of a picture, noise fills all of them
 REBLUR_PIXELS = 9  # width of the further blur, as in Crété-Roffet 2007
 # A smooth ramp becomes steps of 1 of 255 when it is stored; without this floor those count as fine detail
 # (blurred samples would reach 0.47 instead of 0.02).
@@ -80,6 +84,10 @@ class QualityModel:
 
     def forward(self, batch: Tensor) -> list[Output]:
         """Measure and label each picture of (N, 3, 256, 256) uint8."""
+        chunk = CPU_CHUNK if batch.device.type == "cpu" else len(batch)
+        return [output for part in torch.split(batch, chunk) for output in self._measure(part)]
+
+    def _measure(self, batch: Tensor) -> list[Output]:
         luma = _luma(batch)  # (N, H, W) float32
         exposure, contrast = luma.mean((1, 2)), luma.std((1, 2), correction=0)
         noise, sharpness = _noise(luma), _sharpness(luma)

@@ -1,7 +1,7 @@
 """What the first bytes of real files say."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import formats
@@ -49,6 +49,7 @@ def test_other_bytes_are_no_picture(head: bytes) -> None:
     assert formats.media_type(head) is None
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=formats.HEAD_BYTES))
 def test_any_bytes_have_an_answer(head: bytes) -> None:
     """No bytes raise."""

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -193,12 +193,14 @@ def test_warnings_are_nobodys_fault() -> None:
     assert len(decoded) == 16
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_only_image_errors(data: bytes) -> None:
     """Bytes decode or raise an `ImageError`; nothing else gets out."""
     decode_or_refuse(data)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_damaged_pictures_raise_only_image_errors(data: st.DataObject) -> None:
     """A picture cut, overwritten or stretched anywhere decodes or raises an `ImageError`."""
