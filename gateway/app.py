@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import metadata, resources
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
@@ -52,6 +53,8 @@ def create_app(settings: Settings) -> FastAPI:
         title="Millrace gateway",
         version=metadata.version("millrace"),
         description=_DESCRIPTION,
+        # Served by `_add_docs`.
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -108,6 +111,10 @@ async def _cancel(task: "asyncio.Task[None]") -> None:
 
 
 def _add_docs(app: FastAPI) -> None:
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(msgspec.json.encode(app.openapi()), media_type="application/json")
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return get_swagger_ui_html(

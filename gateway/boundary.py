@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.problems import Problem
+from gateway.unread import UnreadBody
 from pipeline import logs, metrics
 from pipeline.settings import LOOPBACK_HOSTS, Settings
 
@@ -42,17 +43,18 @@ class Boundary:
             await self.app(scope, receive, send)
             return
         started_at, status = time.monotonic(), 0
+        body = UnreadBody(scope, receive, send)
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), _NOSNIFF]
-            await send(message)
+            await body.send(message)
 
         inner = dict(scope)
         try:
-            await self._answer(inner, receive, send_and_note)
+            await self._answer(inner, body.receive, send_and_note)
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
         except Exception:
@@ -63,7 +65,7 @@ class Boundary:
             problem = Problem(
                 "internal", "The gateway failed; its log says why.", members={"instance": occurrence}
             )
-            await problem.response()(inner, receive, send_and_note)
+            await problem.response()(inner, body.receive, send_and_note)
         finally:
             # The template, never the path: label values must stay few.
             route = getattr(inner.get("route"), "path", "unmatched")

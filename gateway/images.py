@@ -21,8 +21,8 @@ from gateway.predictions import ImageId, Prefer, bounded, unknown_image, wait_se
 from gateway.problems import Problem, responses
 from gateway.uploads import read_parts
 from gateway.views import Batch, ImageView, describe
-from pipeline import events, formats, logs, metrics
-from pipeline.errors import ContractError, DependencyError, ImageTooLargeError, MissingImageError
+from pipeline import events, formats, metrics, retention
+from pipeline.errors import ContractError, ImageTooLargeError, MissingImageError
 from pipeline.events import ImageEvent
 from pipeline.objects import ObjectStore
 from pipeline.readers import read_back
@@ -35,7 +35,6 @@ FETCH_SECONDS = 30.0
 DELETE_SECONDS = 30.0
 _SUFFIXES = {"image/jpeg": ".jpg", "image/tiff": ".tif", "application/octet-stream": ".bin"}
 
-log = logs.get(__name__)
 router = APIRouter(tags=["images"], dependencies=[KeyRequired])
 
 _UPLOAD_BODY: dict[str, Any] = {
@@ -191,19 +190,10 @@ async def delete_image(request: Request, image_id: ImageId) -> Response:
     The records in Kafka stay until their retention takes them.
     """
     state = request.app.state
-    keys: list[str] | None = await bounded(state.database.delete_image(image_id), DELETE_SECONDS)
-    if keys is None:
+    deletion = retention.delete_image(state.database, state.objects, image_id)
+    if not await bounded(deletion, DELETE_SECONDS):
         raise unknown_image()
     state.intake.forget(image_id)
-    if keys:
-        try:
-            await bounded(state.objects.delete(keys), DELETE_SECONDS)
-            await bounded(state.database.forget_objects(keys))
-        except DependencyError as error:
-            # They are queued: `millrace retention` deletes them.
-            log.warning(
-                "objects of a deleted image are left to retention", objects=len(keys), error=error.message
-            )
     return Response(status_code=204)
 
 
