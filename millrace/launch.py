@@ -1,6 +1,6 @@
 """Become another program that dies with its parent; run as a script, never imported by Millrace.
 
-Usage: python -I -S launch.py PARENT_PID DEATH_SIGNAL USER_ID GROUP_ID CAPABILITY -- PROGRAM [ARGUMENT...]
+Usage: python -I -S launch.py PARENT_PID DEATH_SIGNAL USER_ID GROUP_ID CAPABILITY -- PATH [ARGUMENT...]
 
 USER_ID, GROUP_ID and CAPABILITY are -1 where they do not apply. A script of its own rather than `preexec_fn`,
 because running Python between fork and exec in a process with threads may deadlock, and because it leaves
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> None:
     if os.getppid() != parent:
         # The parent died before the line above, so nobody is left to be told.
         os.kill(os.getpid(), signal.SIGKILL)
-    os.execvp(program[0], program)
+    # Not execvp: it imports modules that the new user may not be allowed to read.
+    os.execv(program[0], program)
 
 
 if __name__ == "__main__":

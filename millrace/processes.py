@@ -4,7 +4,9 @@ Linux only, as the embedded stack is. The invariant: every process started by `s
 when this process ends, however it ends.
 """
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,12 +52,16 @@ def spawn(
     milliseconds.
 
     Raises:
-        OSError: The log file cannot be opened.
+        OSError: The program is not there, or the log file cannot be opened.
     """
     who = run_as or RunAs(-1, -1)
     capability = -1 if who.capability is None else who.capability
     wishes = (os.getpid(), int(death_signal), who.user_id, who.group_id, capability)
-    command = [sys.executable, "-I", "-S", str(_LAUNCH), *map(str, wishes), "--", *map(str, argv)]
+    program = shutil.which(argv[0])
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(argv[0]))
+    launch = [sys.executable, "-I", "-S", str(_LAUNCH), *map(str, wishes), "--"]
+    command = [*launch, program, *map(str, argv[1:])]
 
     def start() -> subprocess.Popen[bytes]:
         with log_path.open("ab") as log:

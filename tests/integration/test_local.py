@@ -1,6 +1,7 @@
 """The embedded Kafka and PostgreSQL: they start anywhere, keep their data, and never outlive their parent."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from millrace.postgres import EmbeddedPostgres
 from pipeline.errors import ConfigurationError, DependencyError
 from pipeline.settings import Settings, load
 from tests.support import services
+from tests.support.eventually import eventually_sync
 from tests.support.stack import stack_process
 
 # Several starts of a Java machine, each 2 s on an idle machine, on one that runs other tests as well.
@@ -145,9 +147,18 @@ async def test_postgres_starts_over_a_pid_file_that_names_a_stranger(
     own_postgres.kill()
     pid_file = tmp_path / "postgres" / "data" / "postmaster.pid"
     lines = pid_file.read_text().splitlines()
-    pid_file.write_text("\n".join([str(os.getpid()), *lines[1:]]))
-    own_postgres.start()
-    assert await fetch(own_postgres.dsn, "SELECT 1") == 1
+    # PostgreSQL believes the number only if that process belongs to the user it runs as.
+    owner = pid_file.stat()
+    run_as = processes.RunAs(owner.st_uid, owner.st_gid) if os.geteuid() == 0 else None
+    stranger = processes.spawn(["sleep", "600"], log_path=tmp_path / "log", run_as=run_as)
+    try:
+        eventually_sync(lambda: processes.name_of(stranger.pid).startswith("sleep"), timeout_seconds=10)
+        pid_file.write_text("\n".join([str(stranger.pid), *lines[1:]]))
+        own_postgres.start()
+        assert await fetch(own_postgres.dsn, "SELECT 1") == 1
+        assert stranger.poll() is None
+    finally:
+        processes.stop(stranger, signal.SIGKILL, seconds=10)
 
 
 def test_a_postgres_started_by_hand_is_left_alone(own_postgres: EmbeddedPostgres, tmp_path: Path) -> None:
