@@ -12,6 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from millrace import ports, processes
+from millrace.folders import FolderLock
 from millrace.kafka import EmbeddedKafka
 from millrace.local import local_services
 from millrace.postgres import EmbeddedPostgres
@@ -271,6 +272,25 @@ async def test_one_folder_belongs_to_one_stack_and_outlives_its_kill(tmp_path: P
         finally:
             for service in third:
                 service.stop()
+
+
+def test_a_child_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that outlived its stack all the same keeps the folder, and the error says how to end it."""
+    monkeypatch.setattr("millrace.folders._DYING_SECONDS", 0.2)
+    dead = processes.spawn(["true"], log_path=tmp_path / "log")
+    dead.wait()
+    earlier = FolderLock(tmp_path / "kafka" / ".lock")
+    child = processes.spawn(["sleep", "600"], log_path=tmp_path / "log", pass_fds=(earlier.acquire(),))
+    earlier.record(dead.pid, child.pid)
+    earlier.release()
+    try:
+        with pytest.raises(ConfigurationError, match=rf"in use by .*pid {child.pid}.*\(kill {child.pid}\)"):
+            services.embedded_kafka(tmp_path).start()
+    finally:
+        processes.stop(child, signal.SIGKILL, seconds=10)
+    afterwards = FolderLock(tmp_path / "kafka" / ".lock")
+    afterwards.acquire()
+    afterwards.release()
 
 
 def test_a_damaged_folder_says_what_to_do(tmp_path: Path) -> None:
