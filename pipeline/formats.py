@@ -6,10 +6,9 @@ The name and the declared content type of an upload are claims; the first bytes 
 #: Enough to tell every format below, brands of an AVIF or HEIC file included.
 HEAD_BYTES = 64
 
-#: What `imaging.decode` reads; anything else is refused, recognised or not.
-DECODABLE = frozenset(
-    {"image/jpeg", "image/png", "image/webp", "image/gif", "image/avif", "image/bmp", "image/tiff"}
-)
+#: What `imaging.decode` reads; anything else is refused, recognised or not. Not TIFF: most of what it can hold
+#: is no picture for a model, and libtiff prints a line on stderr for every bad word of a broken file.
+DECODABLE = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif", "image/avif", "image/bmp"})
 
 _PREFIXES = (
     (b"\xff\xd8\xff", "image/jpeg"),

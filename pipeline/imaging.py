@@ -24,7 +24,6 @@ from PIL import (
     Image,
     JpegImagePlugin,
     PngImagePlugin,
-    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
 )
@@ -55,7 +54,6 @@ _DECODERS = {
     "image/gif": GifImagePlugin.GifImageFile.format,
     "image/avif": AvifImagePlugin.AvifImageFile.format,
     "image/bmp": BmpImagePlugin.BmpImageFile.format,
-    "image/tiff": TiffImagePlugin.TiffImageFile.format,
 }
 _EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what undoes it (JEITA CP-3451, 4.6.4.A).
@@ -179,10 +177,8 @@ def _lying(size: Size, orientation: int) -> Size:
 def _to_plain_mode(image: Image.Image) -> Image.Image:
     """Convert to a mode that can be averaged over pixels: L, LA, RGB, RGBA, CMYK or YCbCr."""
     transparent = "transparency" in image.info
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+    if image.mode.startswith("I"):  # 16-bit grey; a transparent grey of it is taken as opaque
         return Image.fromarray(_SIXTEEN_TO_EIGHT[np.clip(np.asarray(image), 0, 65535)])
-    if image.mode == "F":
-        raise UndecodableImageError("floating-point pixels have no agreed range and are not supported")
     if image.mode in ("P", "PA") or transparent:
         return image.convert("RGBA" if transparent or image.mode == "PA" else "RGB")
     return image.convert("L") if image.mode == "1" else image

@@ -289,8 +289,9 @@ class Engine:
         try:
             self._deliver_outcomes([(work.request, outcome) for work, outcome in delivered])
         except Exception as error:  # the caller's bug; going on would lose these outcomes silently
+            _log.exception("outcomes could not be delivered")
             self._fail(FatalError(f"outcomes could not be delivered: {type(error).__name__}: {error}"))
-            raise
+            return
         if self._all_done is not None and not self._open and not self._all_done.done():
             self._all_done.set_result(None)
 
