@@ -114,8 +114,17 @@ class Pool:
     async def transaction(self) -> AsyncIterator[Connection]:
         """Commit at the end, roll back on any error; errors come out as `sorted_errors` says."""
         with sorted_errors():
-            async with self._pool.acquire(timeout=STATEMENT_SECONDS) as connection, connection.transaction():
-                yield connection
+            async with self._pool.acquire(timeout=STATEMENT_SECONDS) as connection:
+                transaction = connection.transaction()
+                await transaction.start()
+                try:
+                    yield connection
+                except BaseException:
+                    # On a lost connection rolling back fails too, and would hide why.
+                    with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                        await transaction.rollback()
+                    raise
+                await transaction.commit()
 
     async def rows(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run one named query in a transaction of its own."""

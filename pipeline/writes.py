@@ -1,7 +1,7 @@
-"""Writing batches inside a transaction that the caller holds: one statement per table, keys sorted.
+"""Writing batches inside a transaction that the caller holds: one statement per table.
 
-Sorted keys make two writers of the same rows wait for each other in one order, so they never deadlock; unnest
-keeps the order of its arrays.
+A statement may not meet the same key twice, so duplicates within a batch are settled here, by the same rules
+as those against stored rows.
 """
 
 import base64
@@ -37,19 +37,23 @@ async def save_predictions(connection: Connection, predictions: Sequence[Predict
     first: dict[str, Prediction] = {}
     for prediction in predictions:
         known = first.get(prediction.id)
-        if known is None or (_replaces(prediction, known)):
+        if known is None or _replaces(prediction, known):
             first[prediction.id] = prediction
-    ordered = [first[key] for key in sorted(first)]
-    rows = await connection.fetch(
-        QUERIES["save_predictions"], *_transposed([_prediction(p) for p in ordered])
-    )
-    stored = {row["prediction_id"] for row in rows}
-    await _save_embeddings(connection, [prediction for prediction in ordered if prediction.id in stored])
+    columns = _transposed([_prediction(prediction) for prediction in first.values()])
+    stored = {row["prediction_id"] for row in await connection.fetch(QUERIES["save_predictions"], *columns)}
+    await _save_embeddings(connection, [prediction for key, prediction in first.items() if key in stored])
+    counts = Counter(stored=len(stored))
     if len(stored) == len(predictions):
-        return Counter(stored=len(stored))
+        return counts
+    # A statement of its own sees what other writers committed meanwhile.
     found = await connection.fetch(QUERIES["prediction_identities"], list(first))
     kept = {row["prediction_id"]: (row["image_id"], row["input_sha256"]) for row in found}
-    return Counter(_became(prediction, stored, first, kept) for prediction in predictions)
+    for prediction in predictions:
+        if prediction.id in stored and first[prediction.id] is prediction:
+            stored.remove(prediction.id)  # the others of the batch met this one
+        else:
+            counts[_met(prediction, kept.get(prediction.id))] += 1
+    return counts
 
 
 def _replaces(new: Prediction, old: Prediction) -> bool:
@@ -61,17 +65,11 @@ def _replaces(new: Prediction, old: Prediction) -> bool:
     )
 
 
-def _became(
-    prediction: Prediction,
-    stored: set[str],
-    first: dict[str, Prediction],
-    kept: dict[str, tuple[str, str | None]],
-) -> str:
-    if prediction.id in stored and first[prediction.id] is prediction:
-        return "stored"
-    if prediction.id not in kept:
+def _met(prediction: Prediction, kept: tuple[str, str | None] | None) -> str:
+    """Name what a prediction that was not stored met: (image id, digest) of the stored one."""
+    if kept is None:
         return "deleted"
-    image_id, sha256 = kept[prediction.id]
+    image_id, sha256 = kept
     another = image_id != prediction.image_id or _differ(sha256, prediction.receipt.input_sha256)
     return "conflicts" if another else "repeats"
 
@@ -132,9 +130,9 @@ def _floats(encoded: str, dimension: int | None) -> "array[float]":
 
 async def save_dead_letters(connection: Connection, letters: Sequence[DeadLetter]) -> int:
     """Store dead letters; return how many were new."""
-    ordered = {(*letter.place, letter.record.timestamp_ms): letter for letter in reversed(letters)}
-    rows = [_dead_letter(ordered[place]) for place in sorted(ordered)]
-    return len(await connection.fetch(QUERIES["save_dead_letters"], *_transposed(rows)))
+    first = {(*letter.place, letter.record.timestamp_ms): letter for letter in reversed(letters)}
+    columns = _transposed([_dead_letter(letter) for letter in first.values()])
+    return len(await connection.fetch(QUERIES["save_dead_letters"], *columns))
 
 
 def _dead_letter(letter: DeadLetter) -> tuple[Any, ...]:
@@ -190,8 +188,8 @@ def _plain(text: str, max_characters: int) -> str:
 async def save_images(connection: Connection, images: Sequence[ImageRow]) -> list[SavedImage]:
     """Store images; say of each, in the given order, what became of it and where the kept picture is."""
     first = {image.image_id: image for image in reversed(images)}
-    rows = [_image(first[image_id]) for image_id in sorted(first)]
-    written = await connection.fetch(QUERIES["save_images"], *_transposed(rows))
+    columns = _transposed([_image(image) for image in first.values()])
+    written = await connection.fetch(QUERIES["save_images"], *columns)
     inserted = {row["image_id"] for row in written if row["inserted"]}
     # A statement of its own sees what other writers committed meanwhile.
     kept = {
@@ -202,7 +200,8 @@ async def save_images(connection: Connection, images: Sequence[ImageRow]) -> lis
         old = kept.get(image.image_id)
         if old is None:
             saved.append(SavedImage("deleted"))
-        elif image.image_id in inserted and first[image.image_id] is image:
+        elif image.image_id in inserted:
+            inserted.remove(image.image_id)  # the others of the batch met this one
             saved.append(SavedImage("stored", old.object_key))
         else:
             saved.append(SavedImage("conflict" if _another_picture(old, image) else "repeat", old.object_key))

@@ -1,5 +1,5 @@
 -- name: save_dead_letters
--- Insert dead letters in the given order; one that is there already stays as it is, redriven or not.
+-- Insert dead letters; one that is there already stays as it is, redriven or not.
 INSERT INTO dead_letters (consumer_group, topic, partition, "offset", timestamp_ms, image_id, code, reason,
                           attempts, key, value, value_ref, headers, failed_at)
 SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::text[], $7::text[],
@@ -10,6 +10,8 @@ SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::big
 WHERE NOT EXISTS (SELECT FROM deleted_images AS deleted
                   WHERE deleted.image_id = new.image_id
                     AND new.timestamp_ms <= extract(epoch FROM deleted.deleted_at) * 1000)
+-- One order for all writers: they wait for each other and never deadlock.
+ORDER BY consumer_group, topic, partition, "offset", timestamp_ms
 ON CONFLICT (consumer_group, topic, partition, "offset", timestamp_ms) DO NOTHING
 RETURNING id
 

@@ -1,5 +1,5 @@
 -- name: save_images
--- Insert images in the given order; fill in what the first writer of the same picture did not know.
+-- Insert images; fill in what the first writer of the same picture did not know.
 INSERT INTO images AS old (image_id, lane, topic, partition, "offset", published_at, sha256, size_bytes,
                            content_type, object_key, source, expires_at)
 SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::integer[], $5::bigint[], $6::timestamptz[],
@@ -8,6 +8,8 @@ SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::integer[], $5::bigi
             content_type, object_key, source, expires_at)
 WHERE NOT EXISTS (SELECT FROM deleted_images AS deleted
                   WHERE deleted.image_id = new.image_id AND new.published_at <= deleted.deleted_at)
+-- One order for all writers: they wait for each other and never deadlock.
+ORDER BY new.image_id
 ON CONFLICT (image_id) DO UPDATE SET
     sha256 = coalesce(old.sha256, excluded.sha256),
     size_bytes = coalesce(old.size_bytes, excluded.size_bytes),

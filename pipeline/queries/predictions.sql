@@ -1,5 +1,5 @@
 -- name: save_predictions
--- Insert predictions in the given order; the first stored wins, but `predicted` replaces `expired`.
+-- Insert predictions; the first stored wins, but `predicted` replaces `expired`.
 INSERT INTO predictions AS old (prediction_id, image_id, deployment, lane, outcome, models, receipt, input_sha256,
                                 reason, traceparent, predicted_at)
 SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::jsonb[],
@@ -12,6 +12,8 @@ WHERE NOT EXISTS (SELECT FROM deleted_images AS deleted
                     AND (new.predicted_at <= deleted.deleted_at
                          OR (new.receipt->>'topic', new.receipt->>'partition', new.receipt->>'offset')
                           = (deleted.topic, deleted.partition::text, deleted."offset"::text)))
+-- One order for all writers: they wait for each other and never deadlock.
+ORDER BY new.prediction_id
 ON CONFLICT (prediction_id) DO UPDATE SET
     outcome = excluded.outcome,
     models = excluded.models,
