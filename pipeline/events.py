@@ -9,7 +9,7 @@ import base64
 import hashlib
 import re
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -136,7 +136,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     deployment: str
     lane: str
     outcome: Outcome
-    time: datetime
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
     receipt: Receipt
     models: tuple[ModelResult, ...] = ()
     reason: str | None = None

@@ -79,8 +79,8 @@ DEAD_LETTERS = Topic(
     partitions=4,
     max_record_bytes=MAX_DEAD_LETTER_RECORD_BYTES,
     retention_seconds=30 * DAY_SECONDS,
-    producers=("predict", "store"),
-    consumers=("store",),
+    producers=("predict", "store", "archive"),
+    consumers=("store", "gateway"),
 )
 
 TOPICS = (IMAGES_REALTIME, IMAGES_BULK, PREDICTIONS, DEAD_LETTERS)

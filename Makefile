@@ -1,0 +1,62 @@
+# make run | test | check | bench | soak; everything else is beneath. Needs Python 3.11+ with venv, nothing more.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Touched when the environment holds what requirements/ and pyproject.toml say.
+READY := $(VENV)/.ready
+PINNED = --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(UPGRADE)
+COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
+PACKAGES := pipeline agents gateway loadtest millrace tests
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lint unit bench soak asyncapi requirements clean
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+run: $(READY) ## Run everything on this machine; make run ARGS=--once ends after the samples
+	@$(BIN)/millrace up $(ARGS)
+
+test: $(READY) ## Run all tests against real Kafka and PostgreSQL; ARGS go to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint unit ## Format, lint, types, imports, unit tests
+
+lint: $(READY)
+	@$(BIN)/ruff format --check $(PACKAGES)
+	@$(BIN)/ruff check $(PACKAGES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+unit: $(READY)
+	@$(BIN)/python -m pytest tests/unit --quiet $(ARGS)
+
+bench: $(READY) ## Measure the whole spine next to a bare loop, as a table and as JSON
+	@$(BIN)/millrace bench $(ARGS)
+
+soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
+	@MILLRACE_SOAK=1 $(BIN)/python -m pytest tests/e2e -k soak $(ARGS)
+
+asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
+	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json
+
+requirements: $(READY) ## Pin what pyproject.toml asks for; UPGRADE=--upgrade for newer versions
+	echo uv | $(BIN)/uv pip compile - $(PINNED) --output-file requirements/uv.txt
+	$(COMPILE) --all-extras --group dev --output-file requirements/all.txt
+	$(COMPILE) --constraint requirements/all.txt --extra gateway --output-file requirements/gateway.txt
+	$(COMPILE) --constraint requirements/all.txt --extra steps --extra vision --extra gpu --output-file requirements/predict.txt
+	$(COMPILE) --constraint requirements/all.txt --extra steps --extra database --output-file requirements/store.txt
+
+clean: ## Delete the environment and caches; data stays in .millrace
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find $(PACKAGES) -name __pycache__ -prune -exec rm -rf {} +
+
+# venv and pip come with Python, uv through pip, all else through uv: it links a 5 GB torch where pip copies it.
+$(READY): requirements/uv.txt requirements/all.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Millrace needs Python 3.11 or newer; make PYTHON=... names one")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements/all.txt
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,311 @@
+"""The AsyncAPI 3.0 document for people who publish pictures or consume predictions.
+
+Made from the topic table and the event types, written by `make asyncapi` to `docs/asyncapi.json`; a test
+fails when that file is not current. Operations are the reader's own: you send images, you receive results.
+"""
+
+import base64
+import sys
+from typing import Any
+
+import msgspec
+
+from pipeline import deadletters, events, examples, topics
+from pipeline.topics import Topic
+
+JsonObject = dict[str, Any]
+
+BINDING_VERSION = "0.5.0"  # of the AsyncAPI Kafka bindings
+_DESCRIPTION = """Pictures in, predictions out. Publish an encoded picture to one of the two image topics; its \
+outcome comes back on `predictions.v1`, or, when the picture or its envelope cannot be used, on \
+`dead-letters.v1`.
+
+Events are CloudEvents 1.0 in Kafka's binary mode: attributes are headers, the value is the data. No header is \
+required: a bare record is a valid image event, with `topic:partition:offset:timestamp_ms` for an id. The id \
+alone decides identity; publishing an id twice gives one result, the first stored wins.
+
+An installation may put a prefix before every topic name (`MILLRACE_TOPIC_PREFIX`)."""
+
+# What types cannot say, by struct and field.
+NOTES = {
+    "Prediction.id": "The same however often the picture is read: consumers can drop repeats by it.",
+    "Prediction.image_id": "The id of the image event; also the record's key.",
+    "Prediction.deployment": "Which set of models says so; one record per image and deployment.",
+    "Prediction.lane": "realtime or bulk.",
+    "Prediction.time": "When the outcome was known.",
+    "Prediction.models": "One entry per model, in the deployment's order; empty when expired.",
+    "Prediction.reason": "Why there are no models' results, when the outcome is `expired`.",
+    "Prediction.traceparent": "W3C trace context of the image event.",
+    "ModelResult.digest": "Of the model's weights or, for built-in ones, of its constants.",
+    "ModelResult.label": "The most likely label, of a classifier.",
+    "ModelResult.score": "How sure the model is of its label, or the score itself.",
+    "ModelResult.boxes": "Detections, in pixels of the upright original.",
+    "ModelResult.embedding": "base64 of little-endian float32, `dimension` numbers.",
+    "Receipt.topic": "Where the image event was read.",
+    "Receipt.input_sha256": "SHA-256 of the encoded picture, lower-case hexadecimal.",
+    "Receipt.width": "Of the upright picture, in pixels.",
+    "Receipt.height": "Of the upright picture, in pixels.",
+    "Receipt.batch_size": "Pictures that shared the forward pass.",
+    "Receipt.batch_cut": "Why the batch was cut: full, idle, deadline, drain or memory.",
+    "Receipt.queue_seconds": "From the worker's receipt to the start of its decode, plus the wait for a batch.",
+    "Receipt.forward_seconds": "Of the whole batch, all models.",
+}
+
+
+def document() -> JsonObject:
+    """Return the document as plain JSON values."""
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "Millrace topics",
+            "version": "1",  # of the contracts: the v1 in topic names and ce_type
+            "description": _DESCRIPTION,
+            "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        },
+        "defaultContentType": "application/json",
+        "servers": {
+            "local": {
+                "host": "127.0.0.1:9092",
+                "protocol": "kafka",
+                "description": "The embedded Kafka of `millrace up`; no authentication.",
+            }
+        },
+        "channels": {topic.name: _channel(topic) for topic in topics.TOPICS},
+        "operations": {
+            "publishRealtimeImage": _operation(
+                "send", topics.IMAGES_REALTIME, "Publish a picture that somebody is waiting for."
+            ),
+            "publishBulkImage": _operation(
+                "send", topics.IMAGES_BULK, "Publish a picture that nobody is waiting for."
+            ),
+            "receivePrediction": _operation(
+                "receive", topics.PREDICTIONS, "Receive what became of pictures."
+            ),
+            "receiveDeadLetter": _operation(
+                "receive", topics.DEAD_LETTERS, "Receive what could not be finished, and why."
+            ),
+        },
+        "components": {"messages": _messages(), "schemas": _schemas()},
+    }
+
+
+def _channel(topic: Topic) -> JsonObject:
+    return {
+        "address": topic.name,
+        "description": f"{topic.description} Producers: {', '.join(topic.producers)}. "
+        f"Consumers: {', '.join(topic.consumers)}.",
+        "messages": {_message_name(topic): {"$ref": f"#/components/messages/{_message_name(topic)}"}},
+        "bindings": {
+            "kafka": {
+                "topic": topic.name,
+                "partitions": topic.partitions,
+                "topicConfiguration": _topic_configuration(topic),
+                "bindingVersion": BINDING_VERSION,
+            }
+        },
+    }
+
+
+def _topic_configuration(topic: Topic) -> JsonObject:
+    config = topic.config()
+    return {
+        name: [value] if name == "cleanup.policy" else int(value) for name, value in sorted(config.items())
+    }
+
+
+def _operation(action: str, topic: Topic, summary: str) -> JsonObject:
+    channel = f"#/channels/{topic.name}"
+    return {
+        "action": action,
+        "channel": {"$ref": channel},
+        "summary": summary,
+        "messages": [{"$ref": f"{channel}/messages/{_message_name(topic)}"}],
+    }
+
+
+def _message_name(topic: Topic) -> str:
+    if topic.lane:
+        return "image"
+    return {topics.PREDICTIONS: "prediction", topics.DEAD_LETTERS: "deadLetter"}[topic]
+
+
+def _messages() -> JsonObject:
+    image_bytes = {"type": "string", "format": "binary"}
+    return {
+        "image": {
+            "title": "A picture",
+            "summary": "The encoded picture, or an empty value and `ce_dataref`.",
+            "description": f"At most {topics.MAX_IMAGE_RECORD_BYTES:,} bytes; put larger pictures into the "
+            "installation's object store and name the object in `ce_dataref`. The examples show the value in "
+            "base64; on Kafka it is the bytes themselves.",
+            "contentType": "application/octet-stream",
+            "headers": _image_headers(),
+            "payload": image_bytes,
+            "correlationId": {"location": "$message.header#/ce_id", "description": "The event id."},
+            "bindings": _key("The event id by convention; any key, or none, is accepted."),
+            "examples": _image_examples(),
+        },
+        "prediction": {
+            "title": "What became of a picture in one deployment",
+            "contentType": "application/json",
+            "headers": _prediction_headers(),
+            "payload": {"$ref": "#/components/schemas/Prediction"},
+            "correlationId": {"location": "$message.payload#/image_id", "description": "The event id."},
+            "bindings": _key("The id of the image event."),
+            "examples": _prediction_examples(),
+        },
+        "deadLetter": {
+            "title": "A record that could not be finished",
+            "summary": "The original key, value and headers, with the reason in `millrace-` headers.",
+            "contentType": "application/octet-stream",
+            "headers": _dead_letter_headers(),
+            "payload": image_bytes,
+            "bindings": _key("The original record's key."),
+            "examples": [_dead_letter_example()],
+        },
+    }
+
+
+def _key(description: str) -> JsonObject:
+    return {
+        "kafka": {"key": {"type": "string", "description": description}, "bindingVersion": BINDING_VERSION}
+    }
+
+
+def _headers(properties: dict[str, JsonObject], required: tuple[str, ...] = ()) -> JsonObject:
+    header = {name: {"type": "string"} | schema for name, schema in properties.items()}
+    return {"type": "object", "properties": header, "required": sorted(required)}
+
+
+def _image_headers() -> JsonObject:
+    return _headers(
+        {
+            "ce_specversion": {"const": "1.0"},
+            "ce_type": {"const": events.IMAGE_TYPE},
+            "ce_id": {
+                "minLength": 1,
+                "maxLength": events.MAX_ID_CHARACTERS,
+                "description": "Identity; no control characters. Default: topic:partition:offset:timestamp_ms.",
+            },
+            "ce_source": {"description": "Who publishes. Default: kafka:TOPIC."},
+            "ce_time": _TIMESTAMP | {"description": "Default: the record's time."},
+            "content-type": {"description": "A claim; the first bytes decide."},
+            "ce_dataref": {
+                "pattern": f"^{events.OBJECT_KEY.pattern}$",
+                "maxLength": events.MAX_OBJECT_KEY_CHARACTERS,
+                "description": "Object key in the installation's object store, when the value is empty.",
+            },
+            "ce_datasha256": {
+                "pattern": f"^{events.SHA256_HEX.pattern}$",
+                "description": "SHA-256 of the encoded picture; checked when given.",
+            },
+            "ce_expirytime": _TIMESTAMP | {"description": "After this the outcome is `expired`."},
+            "ce_purpose": {"description": "`query`: predicted, but not archived."},
+            "traceparent": _TRACE,
+            "ce_traceparent": _TRACE | {"description": "Read when there is no `traceparent`."},
+            "millrace-only-group": {"description": "Only this consumer group acts on the record."},
+            "millrace-attempts": {"description": "How often the picture was dead-lettered before."},
+        }
+    )
+
+
+def _prediction_headers() -> JsonObject:
+    return _headers(
+        {
+            "ce_specversion": {"const": "1.0"},
+            "ce_type": {"const": events.PREDICTION_TYPE},
+            "ce_id": {"description": "As `id` in the value."},
+            "ce_source": {"description": "millrace/predict/DEPLOYMENT"},
+            "ce_time": _TIMESTAMP,
+            "content-type": {"const": "application/json"},
+            "traceparent": _TRACE,
+        },
+        required=("ce_specversion", "ce_type", "ce_id", "ce_source", "ce_time", "content-type"),
+    )
+
+
+def _dead_letter_headers() -> JsonObject:
+    own = {
+        "group": {"description": "The consumer group that gave the record up."},
+        "topic": {"description": "Where the record was, with partition and offset its identity."},
+        "partition": {"pattern": _INTEGER},
+        "offset": {"pattern": _INTEGER},
+        "timestamp-ms": {"pattern": _INTEGER},
+        "code": {"description": "Stable error code, such as undecodable_image; see docs/delivery.md."},
+        "reason": {"description": "For a person."},
+        "failed-at": _TIMESTAMP,
+        "attempts": {
+            "pattern": _INTEGER,
+            "description": "How often it was dead-lettered, this time included.",
+        },
+        "image-id": {"description": "The event id, where there is one."},
+        "value-ref": {"description": "Object key of the value, when the broker refused to carry it."},
+        "headers-dropped": {"pattern": _INTEGER, "description": "Original headers that did not fit."},
+    }
+    optional = {"image-id", "value-ref", "headers-dropped"}
+    prefixed = {deadletters.PREFIX + name: schema for name, schema in own.items()}
+    return _headers(prefixed, tuple(deadletters.PREFIX + name for name in own.keys() - optional)) | {
+        "additionalProperties": {"type": "string", "description": "The original record's headers."}
+    }
+
+
+_INTEGER = "^-?[0-9]+$"
+_TIMESTAMP: JsonObject = {"format": "date-time"}
+_TRACE: JsonObject = {"pattern": f"^{events.TRACEPARENT.pattern}$", "description": "W3C trace context."}
+
+
+def _schemas() -> JsonObject:
+    _, schemas = msgspec.json.schema_components(
+        [events.Prediction], ref_template="#/components/schemas/{name}"
+    )
+    for place, note in NOTES.items():
+        struct, _, field = place.partition(".")
+        schemas[struct]["properties"][field]["description"] = note
+    return dict(sorted(schemas.items()))
+
+
+def _image_examples() -> list[JsonObject]:
+    return [
+        {"name": "inline", "summary": "The picture in the value."}
+        | _example(events.encode_image(examples.inline_image())),
+        {
+            "name": "bare",
+            "summary": "No headers at all.",
+            "headers": {},
+            "payload": _base64(examples.PICTURE),
+        },
+        {"name": "byReference", "summary": "The picture in the object store."}
+        | _example(events.encode_image(examples.referred_image())),
+    ]
+
+
+def _prediction_examples() -> list[JsonObject]:
+    return [
+        {"name": prediction.outcome}
+        | _example(outgoing)
+        | {"payload": msgspec.json.decode(outgoing.value or b"")}
+        for prediction in examples.predictions()
+        for outgoing in [events.encode_prediction(prediction)]
+    ]
+
+
+def _dead_letter_example() -> JsonObject:
+    return {"name": "undecodable"} | _example(deadletters.encode_dead_letter(examples.dead_letter()))
+
+
+def _example(outgoing: events.Outgoing) -> JsonObject:
+    headers = {name: value.decode() for name, value in outgoing.headers}
+    return {"headers": headers, "payload": _base64(outgoing.value or b"")}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def main() -> None:
+    """Write the document to stdout."""
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document()), indent=2) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""One event of each kind with made-up values: the examples of the AsyncAPI document, which really decode."""
+
+import base64
+import hashlib
+from datetime import UTC, datetime, timedelta
+
+from pipeline import deadletters, events, topics
+from pipeline.errors import UndecodableImageError
+
+# 4 x 4 pixels, PNG: small enough to read, and a picture that decodes.
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAIAAAAmkwkpAAAAGElEQVR42mNkYGiwYWCAIBYGGwY4wM0BAEqkAfbPNfiIAAAAAElFTkSuQmCC"
+)
+TIME = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+_TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def inline_image() -> events.ImageEvent:
+    """Return a picture that travels in the value."""
+    return events.ImageEvent(
+        id="cat-1",
+        data=PICTURE,
+        sha256=hashlib.sha256(PICTURE).hexdigest(),
+        source="example/camera-7",
+        time=TIME,
+        content_type="image/png",
+        expires_at=TIME + timedelta(seconds=30),
+        traceparent=_TRACEPARENT,
+    )
+
+
+def referred_image() -> events.ImageEvent:
+    """Return a picture that lies in the object store."""
+    return events.ImageEvent(
+        id="big-1",
+        dataref="incoming/2026/big-1.tiff",
+        sha256=hashlib.sha256(b"big").hexdigest(),
+        source="example/scanner",
+        time=TIME,
+        content_type="image/tiff",
+    )
+
+
+def predictions() -> tuple[events.Prediction, ...]:
+    """Return one prediction of each outcome."""
+    models = (("builtin:quality", "1"),)
+    receipt = events.Receipt(
+        topic=topics.IMAGES_REALTIME.name, partition=4, offset=1207, input_sha256=inline_image().sha256,
+        input_bytes=len(PICTURE), width=4, height=4, batch_id="b-91", batch_size=3, batch_cut="idle",
+        device="cpu", queue_seconds=0.0012, decode_seconds=0.0041, forward_seconds=0.0107,
+    )  # fmt: skip
+    predicted = events.Prediction(
+        id=events.prediction_id("cat-1", "default", models), image_id="cat-1", deployment="default",
+        lane="realtime", outcome="predicted", time=TIME + timedelta(seconds=1), receipt=receipt,
+        models=(
+            events.ModelResult(
+                model="builtin:quality", version="1", digest="sha256:0f1e", task="classify", label="keep",
+                score=0.91, scores={"sharpness": 0.88, "exposure": 0.47, "contrast": 0.21, "noise": 0.002},
+            ),
+        ),
+        traceparent=_TRACEPARENT,
+    )  # fmt: skip
+    expired = events.Prediction(
+        id=events.prediction_id("cat-2", "default", models), image_id="cat-2", deployment="default",
+        lane="bulk", outcome="expired", time=TIME + timedelta(seconds=40),
+        receipt=events.Receipt(topic=topics.IMAGES_BULK.name, partition=0, offset=88),
+        reason=f"past its deadline, {TIME.isoformat()}",
+    )  # fmt: skip
+    return predicted, expired
+
+
+def dead_letter() -> deadletters.DeadLetter:
+    """Return the dead letter of a text that somebody published as a picture."""
+    text = b"this is not a picture"
+    outgoing = events.encode_image(events.ImageEvent(id="cat-3", data=text, time=TIME))
+    record = events.Record(
+        topic=topics.IMAGES_BULK.name,
+        partition=7,
+        offset=42,
+        timestamp_ms=int(TIME.timestamp() * 1000),
+        key=outgoing.key,
+        value=outgoing.value,
+        headers=outgoing.headers,
+    )
+    error = UndecodableImageError("the first bytes are of no known picture format")
+    return deadletters.from_error("predict.default", record, error, TIME + timedelta(seconds=1))
