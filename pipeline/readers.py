@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import ConsumerStoppedError, KafkaError
 
-from pipeline import logs
+from pipeline import logs, record_batches
 from pipeline.connections import (
     CONNECT_SECONDS,
     backoff_seconds,
@@ -32,6 +32,9 @@ METADATA_SECONDS = 30.0
 _FETCH_BYTES = 16 * MEBIBYTE
 _POLL_MS = 500
 _MAX_RECORDS = 500
+
+# aiokafka's own parser ends every reader at a header name that is not UTF-8.
+record_batches.install()
 
 _log = logs.get(__name__)
 
@@ -277,7 +280,10 @@ async def read_all(settings: Settings, topic: str) -> list[Record]:
     """
     partitions = await partitions_of(settings, [topic])
     consumer = AIOKafkaConsumer(
-        **client_options(settings), group_id=None, isolation_level="read_committed", fetch_max_bytes=_FETCH_BYTES
+        **client_options(settings),
+        group_id=None,
+        isolation_level="read_committed",
+        fetch_max_bytes=_FETCH_BYTES,
     )
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
