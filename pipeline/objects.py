@@ -144,7 +144,8 @@ class ObjectStore:
         """
         for key in keys:
             _check_key(key)
-        await asyncio.gather(*(self._run(lambda key=key: self._delete(key)) for key in keys))  # type: ignore[misc]
+        if keys:
+            await self._run(lambda: self._delete(keys))
 
     async def list(self, prefix: str) -> AsyncIterator[list[StoredObject]]:
         """Yield pages of the objects in a folder and below it, in no order.
@@ -188,9 +189,14 @@ class ObjectStore:
             raise ImageTooLargeError(f"object {key} has {size:,} bytes, the limit is {max_bytes:,}")
         return found.bytes().to_bytes()
 
-    def _delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._store, key)
+    def _delete(self, keys: Sequence[str]) -> None:
+        try:
+            obstore.delete(self._store, keys)  # one request for a thousand, where the provider can
+        except FileNotFoundError:
+            # Only some providers say so, and stop there.
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self._store, key)
 
     def _head(self) -> None:
         with contextlib.suppress(FileNotFoundError):
