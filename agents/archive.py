@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TypeVar
 
 import msgspec
@@ -175,7 +174,7 @@ def image_row(event: ImageEvent, record: Record, lane: str) -> ImageRow:
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
-        published_at=datetime.fromtimestamp(max(record.timestamp_ms, 0) / 1000, UTC),
+        published_at=record.published_at,
         # The digest of what is there, not of what was promised; for that `predict` dead-letters.
         sha256=hashlib.sha256(event.data).hexdigest() if event.data else event.sha256,
         size_bytes=len(event.data) if event.data else None,

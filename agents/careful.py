@@ -13,22 +13,24 @@ records are suspects and read one at a time, the attempt written down before it 
 
 from dataclasses import dataclass
 
-# Suspects after a death: an owner may have started this many records past its commit before it died.
-# Fewer would only take one more death to narrow it down, more would only read longer one at a time.
-MAX_SUSPECTS = 256
+# Suspects per partition after a death. The guilty record was among the first that were in flight, so it is
+# near the head; if it is not among these, the next death finds it after them.
+MAX_SUSPECTS = 64
 # A record is not opened again after so many deaths with it alone in flight: one may be the machine's fault.
 MAX_LONE_DEATHS = 3
-# Suspects of one partition and healthy records of others take turns of this length.
-CAREFUL_TURN_SECONDS = 0.5
+# While suspects and healthy records both wait they take turns: the suspects more, for they end the crashes.
+CAREFUL_TURN_SECONDS = 1.0
+HEALTHY_TURN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Mark:
     """What the commit metadata of one partition says, seen by its new owner."""
 
-    offset: int = -1
+    offset: int = -1  # of the suspect whose attempts are counted
     attempts: int = 0
-    until: int = -1
+    until: int = -1  # suspects end here
+    first: int = -1  # suspects began here in this ownership
 
     @classmethod
     def read(cls, metadata: str, committed: int | None, end: int) -> "Mark":
@@ -44,14 +46,14 @@ class Mark:
         if not values or values[0] != committed:
             return cls()
         if kind == "assigned" and len(values) == 1:
-            return cls(values[0], 0, min(values[0] + MAX_SUSPECTS, end))
+            return cls(values[0], 0, min(values[0] + MAX_SUSPECTS, end), values[0])
         if kind == "careful" and len(values) == 3:
-            return cls(*values)
+            return cls(values[0], values[1], values[2], values[0])
         return cls()
 
     def suspects(self, offset: int) -> bool:
         """Whether the record at `offset` must be read alone."""
-        return self.offset <= offset < self.until
+        return self.first <= offset < self.until
 
     def is_condemned(self, offset: int) -> bool:
         """Whether the record has killed its worker too often to be opened again."""
@@ -59,11 +61,12 @@ class Mark:
 
     def attempt(self, offset: int) -> "Mark":
         """Return the mark to write before the record at `offset` starts alone."""
-        return Mark(offset, self.attempts + 1 if offset == self.offset else 1, self.until)
+        attempts = self.attempts + 1 if offset == self.offset else 1
+        return Mark(offset, attempts, self.until, self.first)
 
     def survived(self) -> "Mark":
         """Return the mark after an ownership that ended in good order before the attempt finished."""
-        return Mark(self.offset, max(0, self.attempts - 1), self.until)
+        return Mark(self.offset, max(0, self.attempts - 1), self.until, self.first)
 
     def at_start(self, offset: int) -> str:
         """Metadata to commit when an ownership begins at `offset`."""

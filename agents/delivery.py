@@ -11,38 +11,25 @@ what is not claimed (the next owner fetches it again) and waits for the rest.
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Literal, Protocol
 
-from agents.careful import CAREFUL_TURN_SECONDS, Mark
+from agents.careful import Mark
+from agents.inbox import Inbox
+from agents.ownership import Delivered, LaneBudget, Partition, Start, TopicPartition
 from pipeline import logs, metrics, topics
 from pipeline.errors import DependencyError, MillraceError, ProcessKilledError
 from pipeline.events import Record
-from pipeline.ledger import PartitionLedger
 from pipeline.topics import Lane
+
+__all__ = ["CommitResult", "Committer", "Delivered", "Delivery", "Start", "TopicPartition"]
 
 log = logs.get(__name__)
 
-TopicPartition = tuple[str, int]
 CommitResult = Literal["ok", "refused"]
 
-# One take in eight begins with the bulk lane, so that a full real-time lane never starves it.
-BULK_TURN = 8
 # Before a refused or unanswered commit of an attempt is tried again; long against a round trip.
 RETRY_SECONDS = 0.5
-
-
-class State(Enum):
-    """Where a record is on its way; see the module's docstring."""
-
-    WAITING = "waiting"
-    TAKEN = "taken"
-    CLAIMED = "claimed"
-    FINISHED = "finished"
-    FORGOTTEN = "forgotten"
 
 
 class Committer(Protocol):
@@ -51,81 +38,6 @@ class Committer(Protocol):
     async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
         """Commit; `refused` when the group has moved on. Raises DependencyError if nothing answers."""
         ...
-
-
-@dataclass(frozen=True)
-class Start:
-    """What Kafka knows of a partition at its assignment."""
-
-    committed: int | None
-    metadata: str
-    beginning: int
-    end: int
-
-
-@dataclass(slots=True)
-class _Partition:
-    topic: str
-    number: int
-    generation: int
-    lane: "_LaneState"
-    ledger: PartitionLedger = field(default_factory=PartitionLedger)
-    pending: dict[int, "Delivered"] = field(default_factory=dict)  # fetched, not through the agent yet
-    taken: set["Delivered"] = field(default_factory=set)  # in a step's hands, not claimed
-    committed: int | None = None
-    beginning: int = -1  # the highest one seen
-    mark: Mark = field(default_factory=Mark)
-    marked: bool = False  # the committed metadata says that this ownership may end badly
-    attempting: bool = False  # the mark's last attempt has neither finished nor killed us
-    claimed: int = 0
-    uncommitted_since: float | None = None
-    closing: bool = False  # a hand-over has begun: nothing new enters
-    live: bool = True
-
-
-@dataclass(slots=True)
-class _LaneState:
-    name: Lane
-    waiting: deque["Delivered"] = field(default_factory=deque)
-    open_records: int = 0
-    open_bytes: int = 0
-    paused: bool = False
-
-
-class Delivered:
-    """One record in a step's hands."""
-
-    __slots__ = ("_delivery", "_partition", "lane", "received_at", "record", "size_bytes", "state")
-
-    def __init__(self, delivery: "Delivery", partition: _Partition, record: Record) -> None:
-        self._delivery = delivery
-        self._partition = partition
-        self.record = record
-        self.lane: Lane = partition.lane.name
-        self.received_at = time.monotonic()
-        self.size_bytes = len(record.value or b"") + len(record.key or b"")
-        self.state = State.WAITING
-
-    def claim(self) -> bool:
-        """Begin work that has effects; False when a hand-over gave the record back to Kafka: drop it."""
-        if self.state is State.TAKEN:
-            self.state = State.CLAIMED
-            self._partition.taken.discard(self)
-            self._partition.claimed += 1
-        return self.state is State.CLAIMED
-
-    @property
-    def is_forgotten(self) -> bool:
-        """Whether a hand-over gave the record back to Kafka."""
-        return self.state is State.FORGOTTEN
-
-    def put_back(self) -> None:
-        """Return an unclaimed record to the head of its queue."""
-        self._delivery._put_back(self)
-
-    def finish(self, outcome: str) -> None:
-        """Acknowledge a claimed record: all it causes is durable. Ignored after a hand-over's deadline."""
-        self._delivery._finish(self, outcome)
 
 
 class Delivery:
@@ -143,16 +55,11 @@ class Delivery:
         self._step = step
         self._committer = committer
         self._reject = reject
-        self._max_open_records = max_open_records
-        self._max_open_bytes = max_open_bytes
-        self._partitions: dict[TopicPartition, _Partition] = {}
-        self._lanes: dict[Lane, _LaneState] = {lane: _LaneState(lane) for lane in topics.LANES}
-        self._careful: deque[Delivered] = deque()
-        self._careful_turn = False
-        self._turn_ends = 0.0
-        self._alone: Delivered | None = None
-        self._in_flight = 0
-        self._takes = 0
+        self._partitions: dict[TopicPartition, Partition] = {}
+        self._lanes: dict[Lane, LaneBudget] = {
+            lane: LaneBudget(lane, max_open_records, max_open_bytes) for lane in topics.LANES
+        }
+        self._inbox = Inbox()
         self._handing_over = 0
         self._stopped = False
         self._changed = asyncio.Event()
@@ -170,12 +77,13 @@ class Delivery:
         """
         while True:
             self._changed.clear()
-            batch = self._pick(max_records, max_bytes)
-            if batch:
-                return batch
-            careful = self._careful_candidate()
-            if careful is not None and await self._begin_careful(careful):
-                return [careful]
+            if not (self._stopped or self._handing_over):
+                batch = self._inbox.pick(max_records, max_bytes)
+                if batch:
+                    return batch
+                suspect = self._inbox.next_suspect()
+                if suspect is not None and await self._begin_careful(suspect):
+                    return [suspect]
             await self._changed.wait()
 
     # What the consumer uses
@@ -183,9 +91,15 @@ class Delivery:
     def assigned(self, starts: Mapping[TopicPartition, Start], generation: int) -> None:
         """Take ownership of partitions, each with a new ledger."""
         for (topic, number), start in starts.items():
-            partition = _Partition(topic, number, generation, self._lanes[topics.lane_of(topic)])
-            partition.committed = start.committed
-            partition.mark = Mark.read(start.metadata, start.committed, start.end)
+            partition = Partition(
+                topic,
+                number,
+                generation,
+                lane=self._lanes[topics.lane_of(topic)],
+                mark=Mark.read(start.metadata, start.committed, start.end),
+                committed=start.committed,
+                beginning=-1,
+            )
             self._partitions[topic, number] = partition
             self._note_expired(partition, start)
         self.joined = True
@@ -217,19 +131,18 @@ class Delivery:
         partition = self._partitions.get(place)
         if partition is None or partition.generation != generation or partition.closing:
             return []
-        new = []
-        lane = partition.lane
+        new, size_bytes = [], 0
         for record in records:
-            delivered = Delivered(self, partition, record)
+            delivered = Delivered(partition, record, self._finish, self._put_back)
             if partition.ledger.open(record.offset, delivered.size_bytes):
                 partition.pending[record.offset] = delivered
-                lane.open_records += 1
-                lane.open_bytes += delivered.size_bytes
+                size_bytes += delivered.size_bytes
                 new.append(record)
         if position is not None:
             partition.ledger.advance(position)
-        metrics.RECORDS_OPENED.labels(self._step, lane.name).inc(len(new))
-        self._balance(lane)
+        partition.lane.add(len(new), size_bytes)
+        if new:
+            metrics.RECORDS_OPENED.labels(self._step, partition.lane.name).inc(len(new))
         return new
 
     def received(self, place: TopicPartition, generation: int, offset: int) -> None:
@@ -241,7 +154,7 @@ class Delivery:
         if delivered is None:
             return
         delivered.received_at = time.monotonic()
-        (self._careful if partition.mark.suspects(offset) else partition.lane.waiting).append(delivered)
+        self._inbox.add(delivered)
         self._changed.set()
 
     def fetchable(self, places: Iterable[TopicPartition]) -> set[TopicPartition]:
@@ -265,7 +178,10 @@ class Delivery:
         started = time.monotonic()
         self._handing_over += 1
         try:
-            self._forget(partitions)
+            for partition in partitions:
+                partition.closing = True
+                partition.pending.clear()
+            metrics.RECORDS_FORGOTTEN.labels(self._step).inc(self._inbox.forget(partitions))
             while any(partition.claimed for partition in partitions):
                 remaining = started + deadline_seconds - time.monotonic()
                 if remaining <= 0:
@@ -293,7 +209,7 @@ class Delivery:
         self._stopped = True
         await self.hand_over(list(self._partitions), deadline_seconds=deadline_seconds)
 
-    async def commit(self, *, clean: Sequence[_Partition] = ()) -> bool:
+    async def commit(self, *, clean: Sequence[Partition] = ()) -> bool:
         """Commit what is finished; `clean` partitions lose their mark even if they did not move.
 
         False when the broker does not answer or the group has moved on; nothing is lost by that.
@@ -347,90 +263,27 @@ class Delivery:
     # Inside
 
     def _finish(self, delivered: Delivered, outcome: str) -> None:
-        partition = delivered._partition
-        if delivered.state is not State.CLAIMED:
-            return
-        partition.claimed -= 1
-        delivered.state = State.FINISHED
-        self._in_flight -= 1
-        if self._alone is delivered:
-            self._alone = None
+        partition = delivered.partition
+        self._inbox.finished(delivered)
         self._changed.set()
         if not partition.live:
             return
-        lane = partition.lane
         partition.attempting = False
         partition.ledger.finish(delivered.record.offset)
-        lane.open_records -= 1
-        lane.open_bytes -= delivered.size_bytes
         if partition.uncommitted_since is None:
             partition.uncommitted_since = time.monotonic()
-        metrics.RECORDS_FINISHED.labels(self._step, lane.name, outcome).inc()
-        self._balance(lane)
-
-    def _pick(self, max_records: int, max_bytes: int) -> list[Delivered]:
-        if self._stopped or self._handing_over or self._alone is not None:
-            return []
-        if self._is_careful_turn():
-            return []  # let what is in flight finish: the next record must be alone
-        self._takes += 1
-        order: list[Lane] = ["realtime", "bulk"]
-        if self._takes % BULK_TURN == 0:
-            order.reverse()
-        batch: list[Delivered] = []
-        size_bytes = 0
-        for lane in order:
-            waiting = self._lanes[lane].waiting
-            while waiting and len(batch) < max_records:
-                if batch and size_bytes + waiting[0].size_bytes > max_bytes:
-                    return batch
-                delivered = waiting.popleft()
-                self._take(delivered)
-                size_bytes += delivered.size_bytes
-                batch.append(delivered)
-        return batch
-
-    def _take(self, delivered: Delivered) -> None:
-        delivered.state = State.TAKEN
-        delivered._partition.taken.add(delivered)
-        self._in_flight += 1
+        metrics.RECORDS_FINISHED.labels(self._step, delivered.lane, outcome).inc()
+        self._make_room(partition.lane, -1, -delivered.size_bytes)
 
     def _put_back(self, delivered: Delivered) -> None:
-        if delivered.state is not State.TAKEN:
-            return
-        partition = delivered._partition
-        delivered.state = State.WAITING
-        partition.taken.discard(delivered)
-        self._in_flight -= 1
-        if self._alone is delivered:
-            self._alone = None
-            self._careful.appendleft(delivered)
-        else:
-            partition.lane.waiting.appendleft(delivered)
+        self._inbox.put_back(delivered)
         self._changed.set()
-
-    def _is_careful_turn(self) -> bool:
-        """Suspects and healthy records take turns by time while both wait."""
-        if not self._careful:
-            return False
-        if not any(lane.waiting for lane in self._lanes.values()):
-            return True
-        now = time.monotonic()
-        if now >= self._turn_ends:
-            self._careful_turn = not self._careful_turn
-            self._turn_ends = now + CAREFUL_TURN_SECONDS
-        return self._careful_turn
-
-    def _careful_candidate(self) -> Delivered | None:
-        if self._stopped or self._handing_over or self._in_flight or not self._careful:
-            return None
-        return self._careful[0]
 
     async def _begin_careful(self, delivered: Delivered) -> bool:
         """Write the attempt down, then let the record start alone; reject what has died too often."""
-        partition, offset = delivered._partition, delivered.record.offset
+        partition, offset = delivered.partition, delivered.record.offset
         if partition.mark.is_condemned(offset):
-            self._start_alone(delivered)
+            self._inbox.start_alone(delivered)
             delivered.claim()
             deaths = partition.mark.attempts
             error = ProcessKilledError(f"its worker died {deaths} times with this record alone in flight")
@@ -439,64 +292,30 @@ class Delivery:
             rejection.add_done_callback(self._rejections.discard)
             return False
         attempt = partition.mark.attempt(offset)
-        written = await self._send({(partition.topic, partition.number): (offset, attempt.at_commit(offset))})
+        written = await self._send({partition.place: (offset, attempt.at_commit(offset))})
         if not written:
             await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
-        elif self._careful_candidate() is delivered:
+        elif self._inbox.next_suspect() is delivered and not self._handing_over:
             partition.mark, partition.committed, partition.marked = attempt, offset, True
             partition.attempting = True
-            self._start_alone(delivered)
+            self._inbox.start_alone(delivered)
             metrics.CAREFUL_RECORDS.labels(self._step).inc()
             return True
         self._changed.set()
         return False
 
-    def _start_alone(self, delivered: Delivered) -> None:
-        self._careful.popleft()
-        self._take(delivered)
-        self._alone = delivered
-
-    def _forget(self, partitions: Sequence[_Partition]) -> None:
-        """Give back what no step has claimed, taken or not; their next owner fetches it again."""
-        gone = {id(partition) for partition in partitions}
-        forgotten = 0
-        for queue in (*(lane.waiting for lane in self._lanes.values()), self._careful):
-            kept = [d for d in queue if id(d._partition) not in gone]
-            forgotten += len(queue) - len(kept)
-            queue.clear()
-            queue.extend(kept)
-        for partition in partitions:
-            partition.closing = True
-            partition.pending.clear()
-            forgotten += len(partition.taken)
-            for delivered in partition.taken:
-                delivered.state = State.FORGOTTEN
-                self._in_flight -= 1
-                if self._alone is delivered:
-                    self._alone = None
-            partition.taken.clear()
-        metrics.RECORDS_FORGOTTEN.labels(self._step).inc(forgotten)
-
-    def _drop(self, partition: _Partition) -> None:
+    def _drop(self, partition: Partition) -> None:
         if not partition.live:
             return
         partition.live = False
-        lane = partition.lane
-        lane.open_records -= partition.ledger.open_records
-        lane.open_bytes -= partition.ledger.open_bytes
         metrics.RECORDS_ABANDONED.labels(self._step).inc(partition.claimed)
-        if self._partitions.get((partition.topic, partition.number)) is partition:
-            del self._partitions[partition.topic, partition.number]
-        self._balance(lane)
+        if self._partitions.get(partition.place) is partition:
+            del self._partitions[partition.place]
+        self._make_room(partition.lane, -partition.ledger.open_records, -partition.ledger.open_bytes)
 
-    def _balance(self, lane: _LaneState) -> None:
-        """Pause a lane above its budget, resume it below half."""
-        if lane.open_records > self._max_open_records or lane.open_bytes > self._max_open_bytes:
-            lane.paused = True
-        elif lane.open_records * 2 <= self._max_open_records and lane.open_bytes * 2 <= self._max_open_bytes:
-            if lane.paused:
-                self._room.set()
-            lane.paused = False
+    def _make_room(self, lane: LaneBudget, records: int, size_bytes: int) -> None:
+        if lane.add(records, size_bytes):
+            self._room.set()
 
     async def _send(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
         async with self._commit_lock:
@@ -512,7 +331,7 @@ class Delivery:
         metrics.COMMITS.labels(self._step, result).inc()
         return result == "ok"
 
-    def _note_expired(self, partition: _Partition, start: Start) -> None:
+    def _note_expired(self, partition: Partition, start: Start) -> None:
         """Count records below the partition's beginning that this group had not read, each once."""
         read = max(partition.ledger.next_offset, partition.committed or 0, partition.beginning)
         if (partition.committed is not None or partition.beginning >= 0) and read < start.beginning:

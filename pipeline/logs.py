@@ -14,7 +14,7 @@ from pipeline.settings import Settings
 # Chatty at info about things that are ours to report (joins, retries), or repeat every second.
 _QUIET = {
     "faust": "WARNING",
-    "mode": "WARNING",
+    "mode": "ERROR",
     "aiokafka": "WARNING",
     "asyncio": "WARNING",
     "httpx": "WARNING",

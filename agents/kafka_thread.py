@@ -1,0 +1,202 @@
+"""The thread that owns the aiokafka consumer: fetches, commits, look-ups, and heartbeats beside them.
+
+It keeps the rule that a fetch position never moves past a record that was not handed to the main loop.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.consumer.subscription_state import IllegalStateError
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import CommitFailedError, ConsumerStoppedError, KafkaError
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
+from aiokafka.structs import TopicPartition as KafkaPartition
+from faust.transport.drivers import aiokafka as driver
+
+from agents.delivery import CommitResult, Start, TopicPartition
+from pipeline import logs
+from pipeline.connections import client_options
+from pipeline.errors import DependencyError
+from pipeline.topics import MAX_DEAD_LETTER_RECORD_BYTES
+
+if TYPE_CHECKING:
+    from agents.consumer import LedgerConsumer
+
+log = logs.get(__name__)
+
+# One answer to a fetch; a record that is larger alone still comes.
+MAX_FETCH_BYTES = 32 * 1024 * 1024
+MAX_PARTITION_FETCH_BYTES = MAX_DEAD_LETTER_RECORD_BYTES
+# Records handed over from one fetch at a time, so that pausing a lane takes effect soon.
+MAX_POLL_RECORDS = 500
+# Commits and look-ups inside a hand-over must leave time for others within the rebalance timeout.
+REQUEST_SECONDS = 10.0
+# Faust's own consumer asks for this; half as long halves the wait of a lone record for an empty fetch.
+FETCH_WAIT_MILLISECONDS = 500
+# Without it aiokafka leaves the group after five minutes without records; a day is "never" with a margin.
+MAX_POLL_INTERVAL_MILLISECONDS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What one fetch returned: records, and the positions right after them."""
+
+    generation: int
+    records: Mapping[KafkaPartition, list[ConsumerRecord]]
+    positions: Mapping[KafkaPartition, int]
+
+
+class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+    """The thread that owns the aiokafka consumer; heartbeats go on here whatever the main loop does."""
+
+    consumer: "LedgerConsumer"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: dict[KafkaPartition, int] = {}  # where the next fetch must begin
+        self._went_back: dict[KafkaPartition, int] = {}
+
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        settings = self.app.settings
+        return AIOKafkaConsumer(
+            **client_options(settings),
+            client_id=f"millrace-{settings.group(self.app.step_name)}",
+            group_id=self.app.conf.id,
+            partition_assignment_strategy=[RoundRobinPartitionAssignor],
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            max_poll_records=MAX_POLL_RECORDS,
+            max_poll_interval_ms=MAX_POLL_INTERVAL_MILLISECONDS,
+            max_partition_fetch_bytes=MAX_PARTITION_FETCH_BYTES,
+            fetch_max_bytes=MAX_FETCH_BYTES,
+            fetch_max_wait_ms=FETCH_WAIT_MILLISECONDS,
+            request_timeout_ms=int(self.app.conf.broker_request_timeout * 1000),
+            session_timeout_ms=int(settings.session_timeout_seconds * 1000),
+            rebalance_timeout_ms=int(settings.rebalance_timeout_seconds * 1000),
+            heartbeat_interval_ms=int(min(3.0, settings.session_timeout_seconds / 4) * 1000),
+            metadata_max_age_ms=30_000,
+        )
+
+    async def fetch(self, timeout_seconds: float) -> None:
+        """Fetch into the consumer's queue, with the positions that belong to exactly these records."""
+        await self.call_thread(self._fetch, timeout_seconds)
+
+    async def _fetch(self, timeout_seconds: float) -> None:
+        kafka = self._ensure_consumer()
+        fetcher = kafka._fetcher
+        if kafka._closed or fetcher._closed:
+            raise ConsumerStoppedError
+        owned = ((tp.topic, tp.partition) for tp in kafka.assignment())
+        places = {KafkaPartition(*place) for place in self.consumer.delivery.fetchable(owned)}
+        self._hold_positions(kafka)
+        generation = self.app.consumer_generation_id
+        with fetcher._subscriptions.fetch_context():  # even for nothing: aiokafka must not take us for dead
+            if not self.consumer.flow_active or not places:
+                return
+            records = await fetcher.fetched_records(
+                places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS
+            )
+        # No await from here on: positions and records must be of one moment.
+        if not self.consumer.flow_active or generation != self.app.consumer_generation_id:
+            # The wait above can outlast a rebalance and its seek. These will not be passed on: go back.
+            for partition, fetched in records.items():
+                kafka.seek(partition, fetched[0].offset)
+            return
+        positions = _positions(kafka)
+        self._held.update(positions)
+        self.consumer.fetches.append(Fetch(generation, records, positions))
+
+    def _hold_positions(self, kafka: AIOKafkaConsumer) -> None:
+        """Go back where a position moved on without a fetch of ours, so that nothing is skipped.
+
+        It may only happen when retention deleted what we were to read next; then going back changes nothing
+        and the new position is taken (the loss is counted by `Delivery.observe_ends`).
+        """
+        for partition, position in _positions(kafka).items():
+            held = self._held.get(partition)
+            if held is None or position <= held:
+                continue
+            place = {"topic": partition.topic, "partition": partition.partition, "offset": held}
+            log.error("a fetch position moved by itself", **place, position=position)
+            if self._went_back.get(partition) != held:
+                self._went_back[partition] = held
+                kafka.seek(partition, held)
+            else:
+                self._held[partition] = position
+
+    async def commit_marked(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
+        """Commit offsets with metadata.
+
+        Raises:
+            DependencyError: no answer in time.
+        """
+        result: CommitResult = await self.call_thread(self._commit_marked, offsets)
+        return result
+
+    async def _commit_marked(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
+        wanted = {KafkaPartition(*place): OffsetAndMetadata(*value) for place, value in offsets.items()}
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await self._ensure_consumer().commit(wanted)
+        except (CommitFailedError, IllegalStateError):
+            return "refused"
+        except (KafkaError, TimeoutError) as error:
+            raise DependencyError(f"Kafka does not take commits: {error or 'no answer'}") from error
+        return "ok"
+
+    async def starts(self, places: Iterable[TopicPartition]) -> dict[TopicPartition, Start]:
+        """Ask Kafka where partitions begin, end and were left.
+
+        Raises:
+            DependencyError: no answer in time.
+        """
+        found: dict[TopicPartition, Start] = await self.call_thread(self._starts, list(places))
+        return found
+
+    async def _starts(self, places: list[TopicPartition]) -> dict[TopicPartition, Start]:
+        kafka = self._ensure_consumer()
+        partitions = [KafkaPartition(*place) for place in places]
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                committed = await kafka._coordinator.fetch_committed_offsets(partitions)
+                beginnings = await kafka.beginning_offsets(partitions)
+                ends = await kafka.end_offsets(partitions)
+        except (KafkaError, TimeoutError) as error:
+            reason = f"Kafka does not say where partitions begin: {error or 'no answer'}"
+            raise DependencyError(reason) from error
+        starts = {}
+        for place, partition in zip(places, partitions, strict=True):
+            left = committed.get(partition)
+            known = left is not None and left.offset >= 0
+            starts[place] = Start(
+                committed=left.offset if known else None,
+                metadata=(left.metadata or "") if known else "",
+                beginning=beginnings[partition],
+                end=ends[partition],
+            )
+        return starts
+
+    async def seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Set fetch positions; what was fetched before is dropped."""
+        await self.call_thread(self._seek_to, offsets)
+
+    async def _seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
+        kafka = self._ensure_consumer()
+        self._held.clear()
+        for place, offset in offsets.items():
+            if (partition := KafkaPartition(*place)) in kafka.assignment():
+                kafka.seek(partition, offset)
+                self._held[partition] = offset
+
+
+def _positions(kafka: AIOKafkaConsumer) -> dict[KafkaPartition, int]:
+    subscription = kafka._subscription.subscription
+    assignment = subscription.assignment if subscription else None
+    if assignment is None:
+        return {}
+    states = {partition: assignment.state_value(partition) for partition in assignment.tps}
+    return {tp: state.position for tp, state in states.items() if state and state.has_valid_position}

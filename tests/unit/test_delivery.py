@@ -1,0 +1,283 @@
+"""Delivery without Kafka: what is handed out, paused, handed over and committed."""
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from agents.delivery import CommitResult, Delivered, Delivery, Start, TopicPartition
+from pipeline.errors import DependencyError, MillraceError
+from pipeline.events import Record
+
+REALTIME, BULK = "images.realtime.v1", "images.bulk.v1"
+GENERATION = 3
+
+
+class Broker:
+    """Remembers commits as a group coordinator does."""
+
+    def __init__(self) -> None:
+        self.committed: dict[TopicPartition, tuple[int, str]] = {}
+        self.answer: CommitResult | None = "ok"
+
+    async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
+        if self.answer is None:
+            raise DependencyError("no answer")
+        if self.answer == "ok":
+            self.committed.update(offsets)
+        return self.answer
+
+
+class Bench:
+    """A delivery with a broker, and records at hand."""
+
+    def __init__(self, *, max_open_records: int = 100, max_open_bytes: int = 10_000) -> None:
+        self.broker = Broker()
+        self.rejected: list[tuple[int, str]] = []
+        self.delivery = Delivery(
+            step="test",
+            committer=self.broker,
+            reject=self._reject,
+            max_open_records=max_open_records,
+            max_open_bytes=max_open_bytes,
+        )
+
+    async def _reject(self, delivered: Delivered, error: MillraceError) -> None:
+        self.rejected.append((delivered.record.offset, error.code))
+        delivered.finish("dead_lettered")
+
+    def assign(self, *topics: str, committed: int | None = None, metadata: str = "", end: int = 1000) -> None:
+        starts = {(topic, 0): Start(committed, metadata, 0, end) for topic in topics}
+        self.delivery.assigned(starts, GENERATION)
+
+    def deliver(self, topic: str, *offsets: int, generation: int = GENERATION, size: int = 1) -> None:
+        records = [
+            Record(topic=topic, partition=0, offset=o, timestamp_ms=0, value=b"x" * size) for o in offsets
+        ]
+        for record in self.delivery.fetched((topic, 0), generation, records, offsets[-1] + 1):
+            self.delivery.received((topic, 0), generation, record.offset)
+
+    async def take(self, count: int = 10) -> list[Delivered]:
+        return await asyncio.wait_for(self.delivery.take(count, 1_000_000), 1)
+
+
+async def test_commits_only_the_finished_prefix() -> None:
+    """Finishing out of order commits up to the first unfinished record."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, 1, 2)
+    first, second, third = await bench.take()
+    assert second.claim()
+    assert third.claim()
+    second.finish("predicted")
+    third.finish("predicted")
+    await bench.delivery.commit()
+    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+    assert first.claim()
+    first.finish("predicted")
+    await bench.delivery.commit()
+    assert bench.broker.committed[BULK, 0] == (3, "")
+
+
+async def test_an_unclaimed_record_cannot_be_finished() -> None:
+    """Finishing without claiming acknowledges nothing."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0)
+    (delivered,) = await bench.take()
+    delivered.finish("predicted")
+    await bench.delivery.commit()
+    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+
+
+async def test_a_record_the_agent_never_saw_blocks_the_commit() -> None:
+    """A record that was fetched and dropped on its way to the agent is never passed."""
+    bench = Bench()
+    bench.assign(BULK)
+    records = [Record(topic=BULK, partition=0, offset=o, timestamp_ms=0) for o in (0, 1)]
+    bench.delivery.fetched((BULK, 0), GENERATION, records, 2)
+    bench.delivery.received((BULK, 0), GENERATION, 1)  # 0 got lost in between
+    (delivered,) = await bench.take()
+    assert delivered.claim()
+    delivered.finish("predicted")
+    await bench.delivery.commit()
+    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+
+
+async def test_hand_over_forgets_unclaimed_and_waits_for_claimed() -> None:
+    """At a hand-over unclaimed records go back to Kafka, claimed ones finish and are committed."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, 1, 2)
+    first, second = await bench.take(2)
+    assert first.claim()
+    handing_over = asyncio.create_task(bench.delivery.hand_over([(BULK, 0)], deadline_seconds=5))
+    await asyncio.sleep(0)
+    assert not second.claim()
+    assert second.is_forgotten
+    assert not handing_over.done()
+    first.finish("predicted")
+    await asyncio.wait_for(handing_over, 1)
+    assert bench.broker.committed[BULK, 0] == (1, "")
+
+
+async def test_hand_over_ends_at_its_deadline() -> None:
+    """What is still unfinished at the deadline is abandoned unacknowledged, and finishing it later does nothing."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0)
+    (delivered,) = await bench.take()
+    assert delivered.claim()
+    await asyncio.wait_for(bench.delivery.hand_over([(BULK, 0)], deadline_seconds=0.01), 1)
+    bench.assign(BULK)
+    delivered.finish("predicted")
+    await bench.delivery.commit()
+    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+
+
+async def test_an_older_ownership_is_ignored() -> None:
+    """Records fetched for an older generation are neither opened nor handed out."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, generation=GENERATION - 1)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(bench.delivery.take(1, 100), 0.01)
+
+
+async def test_realtime_goes_first_and_bulk_never_starves() -> None:
+    """Real-time records overtake bulk ones, and bulk keeps one turn in eight."""
+    bench = Bench()
+    bench.assign(REALTIME, BULK)
+    bench.deliver(BULK, *range(20))
+    bench.deliver(REALTIME, *range(20))
+    order = [(await bench.take(1))[0].lane for _ in range(16)]
+    assert order.count("bulk") == 2
+    assert order[0] == "realtime"
+
+
+async def test_a_full_lane_is_paused_alone_and_resumes_at_half() -> None:
+    """A lane above its budget is not fetched; the other one is; below half it is again."""
+    bench = Bench(max_open_records=4)
+    bench.assign(REALTIME, BULK)
+    places = [(REALTIME, 0), (BULK, 0)]
+    bench.deliver(BULK, *range(5))
+    assert bench.delivery.fetchable(places) == {(REALTIME, 0)}
+    batch = await bench.take(3)
+    for delivered in batch[:2]:
+        assert delivered.claim()
+        delivered.finish("predicted")
+    assert bench.delivery.fetchable(places) == {(REALTIME, 0)}
+    assert batch[2].claim()
+    batch[2].finish("predicted")
+    assert bench.delivery.fetchable(places) == set(places)
+
+
+async def test_bytes_pause_a_lane_too() -> None:
+    """A lane's budget counts bytes, and finished records give theirs back although elders are open."""
+    bench = Bench(max_open_bytes=100)
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, 1, 2, size=40)
+    assert bench.delivery.fetchable([(BULK, 0)]) == set()
+    for delivered in (await bench.take())[1:]:
+        assert delivered.claim()
+        delivered.finish("predicted")
+    assert bench.delivery.fetchable([(BULK, 0)]) == {(BULK, 0)}
+
+
+async def test_suspects_are_read_alone_with_the_attempt_written_first() -> None:
+    """After a death without progress records start one at a time, each attempt committed before it starts."""
+    bench = Bench()
+    bench.assign(BULK, committed=0, metadata="assigned 0", end=2)
+    bench.deliver(BULK, 0, 1, 2, 3)
+    (first,) = await bench.take()
+    assert first.record.offset == 0
+    assert bench.broker.committed[BULK, 0] == (0, "careful 0 1 2")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(bench.delivery.take(1, 100), 0.01)
+    assert first.claim()
+    first.finish("predicted")
+    (second,) = await bench.take()
+    assert second.claim()
+    second.finish("predicted")
+    rest = await bench.take()
+    assert [delivered.record.offset for delivered in rest] == [2, 3]
+    for delivered in rest:
+        assert delivered.claim()
+        delivered.finish("predicted")
+    await bench.delivery.commit()
+    assert bench.broker.committed[BULK, 0] == (4, "")
+
+
+async def test_other_partitions_go_on_beside_suspects() -> None:
+    """While one partition is read carefully, healthy records of others get their turns."""
+    bench = Bench()
+    bench.delivery.assigned(
+        {(BULK, 0): Start(0, "assigned 0", 0, 9), (REALTIME, 0): Start(0, "", 0, 9)}, GENERATION
+    )
+    bench.deliver(BULK, 0, 1)
+    bench.deliver(REALTIME, 0)
+    seen = []
+    for _ in range(3):
+        (delivered,) = await asyncio.wait_for(bench.delivery.take(10, 1000), 5)
+        seen.append((delivered.lane, delivered.record.offset))
+        assert delivered.claim()
+        delivered.finish("predicted")
+    assert set(seen) == {("bulk", 0), ("bulk", 1), ("realtime", 0)}
+
+
+async def test_a_condemned_record_is_rejected_unopened() -> None:
+    """A record that was alone in flight at three deaths is dead-lettered, and the next ones go on."""
+    bench = Bench()
+    bench.assign(BULK, committed=0, metadata="careful 0 3 2", end=2)
+    bench.deliver(BULK, 0, 1)
+    (delivered,) = await bench.take()
+    assert delivered.record.offset == 1
+    assert bench.rejected == [(0, "process_killed")]
+
+
+async def test_a_clean_hand_over_keeps_suspects_and_their_attempts() -> None:
+    """A rebalance during a crash loop neither forgets earlier attempts nor counts as a death."""
+    bench = Bench()
+    bench.assign(BULK, committed=0, metadata="careful 0 2 9", end=9)
+    bench.deliver(BULK, 0)
+    await bench.take()
+    await bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1)
+    assert bench.broker.committed[BULK, 0] == (0, "careful 0 2 9")
+
+
+async def test_a_clean_hand_over_without_progress_leaves_no_suspicion() -> None:
+    """A partition handed over in good order where it began is not careful for its next owner."""
+    bench = Bench()
+    bench.assign(BULK, committed=5)
+    await bench.delivery.mark_started({(BULK, 0): Start(5, "", 0, 9)})
+    assert bench.broker.committed[BULK, 0] == (5, "assigned 5")
+    await bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1)
+    assert bench.broker.committed[BULK, 0] == (5, "")
+
+
+@pytest.mark.parametrize("answer", ["refused", None])
+async def test_a_commit_that_fails_is_sent_again(answer: CommitResult | None) -> None:
+    """A commit that is refused or unanswered is repeated by the next one."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0)
+    (delivered,) = await bench.take()
+    assert delivered.claim()
+    delivered.finish("predicted")
+    bench.broker.answer = answer
+    assert not await bench.delivery.commit()
+    bench.broker.answer = "ok"
+    assert await bench.delivery.commit()
+    assert bench.broker.committed[BULK, 0] == (1, "")
+
+
+async def test_put_back_keeps_the_record() -> None:
+    """A record put back is handed out again and still blocks the commit."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, 1)
+    first, _ = await bench.take()
+    first.put_back()
+    assert not first.claim()
+    assert (await bench.take())[0] is first
+    assert first.claim()
