@@ -5,6 +5,7 @@ lets requests under way finish, at most `MILLRACE_SHUTDOWN_GRACE_SECONDS`; those
 answered at once with what there is.
 """
 
+import asyncio
 import errno
 import signal
 import socket
@@ -74,33 +75,47 @@ def listen(options: Settings) -> list[socket.socket]:
     return sockets
 
 
-def main() -> int:
-    """Serve until a signal; return the exit code."""
-    try:
-        options = settings.load()
-        logs.configure(options, part="gateway")
-        app = create_app(options)
-        sockets = listen(options)
-    except ConfigurationError as error:
-        print(f"gateway: {error.message}", file=sys.stderr)
-        return EXIT_CONFIGURATION
+async def serve(options: Settings) -> None:
+    """Serve until a signal.
+
+    Raises:
+        ConfigurationError: a setting is wrong; nothing was served.
+    """
+    app = create_app(options)
+    sockets = listen(options)
     server = Server(
         uvicorn.Config(
             app,
             log_config=None,
+            log_level="warning",
             access_log=False,  # the request metric counts; a line per request would cost more than it tells
             server_header=False,
-            lifespan="on",
+            # Ours, below: uvicorn would log a wrong setting as a crash.
+            lifespan="off",
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, int(options.shutdown_grace_seconds - CLOSE_SECONDS)),
         )
     )
-    # uvicorn raises the signal again after its shutdown, which would end a clean stop with 143.
+    # uvicorn listens to signals only while it serves, and raises them again when it has shut down: with the
+    # default handlers a clean stop would end with 143.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    log.info("gateway listens", host=options.gateway_host, port=options.gateway_port)
-    server.run(sockets=sockets)
+        signal.signal(number, server.handle_exit)
+    async with app.router.lifespan_context(app):
+        log.info("gateway listens", host=options.gateway_host, port=options.gateway_port)
+        await server.serve(sockets)
+
+
+def main() -> int:
+    """Serve until a signal; return the exit code."""
+    try:
+        options = settings.load()
+        logs.configure(options, part="gateway")
+        asyncio.run(serve(options))
+    except ConfigurationError as error:
+        print(f"gateway: {error.message}", file=sys.stderr)
+        return EXIT_CONFIGURATION
+    log.info("gateway stopped")
     return 0
 
 

@@ -25,7 +25,7 @@ from gateway.live import Live
 from gateway.operations import Checks
 from gateway.uploads import Memory
 from pipeline.broker import Publisher
-from pipeline.connections import ping
+from pipeline.connections import client_options, ping
 from pipeline.database import Database
 from pipeline.objects import ObjectStore
 from pipeline.settings import Settings
@@ -49,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         ConfigurationError: a setting is wrong, before anything is opened.
     """
+    client_options(settings)  # reads the TLS and SASL files
     app = FastAPI(
         title="Millrace gateway",
         version=metadata.version("millrace"),
@@ -64,11 +65,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
     app.state.objects = ObjectStore.open(settings)
     app.state.memory = Memory(settings.max_image_bytes)
-    app.include_router(images.router)
-    app.include_router(predictions.router)
-    app.include_router(operations.router)
+    routers = (images.router, predictions.router, operations.router)
+    for router in routers:
+        app.include_router(router)
     _add_docs(app)
-    problems.install(app)
+    problems.install(app, routers)
     app.add_middleware(Boundary, settings=settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -4,15 +4,17 @@
 own below. A problem never carries a traceback, a secret or an internal address; `detail` is for a person.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from pipeline import errors, logs
 
@@ -140,8 +142,8 @@ def from_validation(error: RequestValidationError) -> Problem:
     return Problem("invalid_request", said, members={"errors": faults})
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of `app` as a problem."""
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Answer every error of `app`, whose routes are these routers', as a problem."""
 
     async def on_problem(_: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
@@ -151,9 +153,13 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, errors.MillraceError)
         return from_error(error).response()
 
-    async def on_http(_: Request, error: Exception) -> Response:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return from_http(error).response()
+        problem = from_http(error)
+        if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            # Starlette names only the methods of the first route with this path.
+            problem.headers["Allow"] = ", ".join(_methods_of(request, routers))
+        return problem.response()
 
     async def on_validation(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -163,6 +169,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(errors.MillraceError, on_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_validation)
+
+
+def _methods_of(request: Request, routers: Sequence[APIRouter]) -> list[str]:
+    """Return the methods that the request's path knows."""
+    methods: set[str] = set()
+    for route in (route for router in routers for route in router.routes if isinstance(route, APIRoute)):
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
