@@ -1,4 +1,4 @@
-"""What the first bytes of a file say it is; pure, no Pillow, shared by the gateway and the decoder.
+"""What the bytes of a file say it is and how large; pure, no Pillow, shared by the gateway and the decoder.
 
 The name and the declared content type of an upload are claims; the first bytes are what a decoder acts on.
 """
@@ -56,3 +56,55 @@ def _iso_media_type(head: bytes) -> str | None:
     if not _HEIC_BRANDS.isdisjoint(brands):
         return "image/heic"
     return "image/heif" if not _GENERIC_BRANDS.isdisjoint(brands) else None
+
+
+def canvas_size(data: bytes, media: str) -> tuple[int, int] | None:
+    """Return width and height of a GIF, WebP or PNG from its header.
+
+    The decoders of the first two allocate pixels when they open a file; PNG is what bombs are made of. None for
+    other formats, and where the header is cut off.
+    """
+    if media == "image/png" and len(data) >= 24:
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if media == "image/gif":
+        return _gif_canvas(data)
+    return _webp_canvas(data) if media == "image/webp" else None
+
+
+def _gif_canvas(data: bytes) -> tuple[int, int] | None:
+    """Read the screen of a GIF, grown to hold its first frame, as decoders grow it (GIF89a, 18 to 24)."""
+    if len(data) < 13:
+        return None
+    width, height = _u16(data, 6), _u16(data, 8)
+    at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    while at + 10 <= len(data) and data[at] != 0x2C:  # not the first image yet
+        if data[at] != 0x21:
+            at += 1
+            continue
+        at += 2  # an extension: skip its sub-blocks
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+    if at + 10 > len(data):
+        return width, height
+    return (
+        max(width, _u16(data, at + 1) + _u16(data, at + 5)),
+        max(height, _u16(data, at + 3) + _u16(data, at + 7)),
+    )
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Read the canvas of a WebP (RFC 9649, sections 2.5 to 2.7)."""
+    chunk = data[12:16]
+    if chunk == b"VP8X" and len(data) >= 30:
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if chunk == b"VP8L" and len(data) >= 25:
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 " and len(data) >= 30:
+        return _u16(data, 26) & 0x3FFF, _u16(data, 28) & 0x3FFF
+    return None
+
+
+def _u16(data: bytes, at: int) -> int:
+    return data[at] | data[at + 1] << 8

@@ -1,10 +1,10 @@
 """Bytes of a picture -> RGB uint8 at the sizes the models want; every limit on Pillow lives here.
 
 The invariant: no pixel is allocated before bytes and header are within the limits, and whatever a decoder
-raises comes out as `UndecodableImageError`. Pure apart from two process-wide settings of Pillow, both made
-so that behaviour does not depend on them: its own bomb check is off (`MAX_IMAGE_PIXELS`; ours is stricter
-and has a setting), and its warnings are ignored (a warning about odd metadata is no fault, even where
-warnings are errors). Colour profiles are ignored: pixels are taken as sRGB.
+raises comes out as `UndecodableImageError`. Pure apart from two process-wide settings that `decode` makes:
+Pillow's own bomb check, which stays as a second line, is raised where our limit is higher
+(`Image.MAX_IMAGE_PIXELS`), and Pillow's warnings are ignored (odd metadata is no fault, even where warnings
+are errors). Colour profiles are ignored: pixels are taken as sRGB.
 """
 
 import re
@@ -30,8 +30,6 @@ from PIL import (
 
 from pipeline import formats
 from pipeline.errors import ImageTooLargeError, MillraceError, UndecodableImageError
-
-Image.MAX_IMAGE_PIXELS = None
 
 #: Transparent pixels show this: what a page shows behind a picture, and what JPEG exports of one have.
 BACKGROUND = (255, 255, 255)
@@ -105,18 +103,22 @@ def decode(data: bytes, sizes: Sequence[Size], limits: Limits = Limits()) -> Pic
     if media not in formats.DECODABLE:
         known = f"{media} is not supported" if media else f"not a picture: the data begin with {data[:12]!r}"
         raise UndecodableImageError(known)
-    _ignore_pillow_warnings()
+    _set_pillow_up(limits)
     try:
         return _decode(data, media, sizes, limits)
     except MillraceError:
         raise
+    except Image.DecompressionBombError:
+        raise ImageTooLargeError(
+            f"the picture has too many pixels, the limit is {limits.max_pixels:,} in all"
+        ) from None
     except Exception as error:  # decoders raise nearly every class there is, on bytes made for it
         raise UndecodableImageError(_reason(media, error)) from None
 
 
 def _decode(data: bytes, media: str, sizes: Sequence[Size], limits: Limits) -> Picture:
-    if media == "image/webp":  # Pillow allocates the canvas of a WebP when it opens it
-        _check_pixels(_webp_canvas(data), limits)
+    if (canvas := formats.canvas_size(data, media)) is not None:
+        _check_pixels(canvas, limits)
     with Image.open(BytesIO(data), formats=(_DECODERS[media],)) as image:
         _check_pixels(image.size, limits)
         width, height = image.size
@@ -146,19 +148,6 @@ def _check_pixels(size: Size, limits: Limits) -> None:
         raise ImageTooLargeError(
             f"the picture has {width:,} x {height:,} pixels, the limit is {limits.max_pixels:,} in all"
         )
-
-
-def _webp_canvas(data: bytes) -> Size:
-    """Read width and height of a WebP from its header (RFC 9649, sections 2.5 to 2.7)."""
-    chunk = data[12:16]
-    if chunk == b"VP8X" and len(data) >= 30:
-        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-    if chunk == b"VP8L" and len(data) >= 25:
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if chunk == b"VP8 " and len(data) >= 30:
-        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    raise UndecodableImageError("image/webp: the header is cut off")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -198,7 +187,9 @@ def _render(image: Image.Image, size: Size, orientation: int) -> NDArray[np.uint
     return np.asarray(image)  # (H, W, 3) uint8
 
 
-def _ignore_pillow_warnings() -> None:
+def _set_pillow_up(limits: Limits) -> None:
+    if (Image.MAX_IMAGE_PIXELS or 0) < limits.max_pixels:
+        Image.MAX_IMAGE_PIXELS = limits.max_pixels
     # Not `catch_warnings`: it swaps process-wide state and is not safe in several threads at once. Looked at
     # every time because test runners put their own filters in front.
     if warnings.filters[:1] != [_IGNORE_PILLOW]:

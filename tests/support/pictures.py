@@ -79,6 +79,13 @@ def huge_webp_header() -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
 
 
+def huge_gif_header() -> bytes:
+    """Return a small GIF whose first frame claims 65,535 x 65,535 pixels and is to be cleared afterwards."""
+    extension = b"\x21\xf9\x04\x09\x00\x00\x00\x00"  # disposal: restore to background
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\x02\x02\x4c\x01\x00"
+    return b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0, 0, 0) + extension + frame + b";"
+
+
 def animated(codec: str) -> bytes:
     """Return three frames, `halves` first, the others black: GIF, WEBP or PNG."""
     black = Image.new("RGB", (64, 32))

@@ -52,6 +52,39 @@ def test_other_bytes_are_no_picture(head: bytes) -> None:
     assert formats.media_type(head) is None
 
 
+@pytest.mark.parametrize(
+    ("data", "media", "expected"),
+    [
+        (pictures.encode(pictures.halves(), "GIF"), "image/gif", (64, 32)),
+        (pictures.animated("GIF"), "image/gif", (64, 32)),
+        (pictures.encode(pictures.halves(), "WEBP"), "image/webp", (64, 32)),
+        (pictures.encode(pictures.halves(), "WEBP", lossless=True), "image/webp", (64, 32)),
+        (pictures.animated("WEBP"), "image/webp", (64, 32)),
+        (pictures.encode(pictures.halves(), "PNG"), "image/png", (64, 32)),
+        (pictures.bomb_header_png(), "image/png", (20_000, 20_000)),
+        (pictures.huge_gif_header(), "image/gif", (65_535, 65_535)),
+        (pictures.huge_webp_header(), "image/webp", (16_383, 16_383)),
+        (pictures.jpeg(), "image/jpeg", None),
+    ],
+)
+def test_the_canvas_is_read_from_the_header(
+    data: bytes, media: str, expected: tuple[int, int] | None
+) -> None:
+    """Width and height of what allocates early are known without decoding."""
+    assert formats.canvas_size(data, media) == expected
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.binary(max_size=400), st.sampled_from([b"GIF89a", b"RIFF\0\0\0\0WEBPVP8X", b"RIFF\0\0\0\0WEBPVP8L"])
+)
+def test_any_header_has_a_canvas_or_none(rest: bytes, start: bytes) -> None:
+    """No header raises or runs for ever."""
+    media = "image/gif" if start == b"GIF89a" else "image/webp"
+    size = formats.canvas_size(start + rest, media)
+    assert size is None or all(side >= 0 for side in size)
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=formats.HEAD_BYTES))
 def test_any_bytes_have_an_answer(head: bytes) -> None:
