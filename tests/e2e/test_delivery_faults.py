@@ -13,9 +13,11 @@ import pytest
 from loadtest import faults
 from loadtest.drive import Driver
 from pipeline import admin, events, settings, topics
+from pipeline.deadletters import decode_dead_letter
+from pipeline.readers import read_all
 from pipeline.settings import Settings
 from tests.support.eventually import eventually
-from tests.support.workers import Workers, WorkerProcess, workers
+from tests.support.workers import WorkerProcess, Workers, workers
 
 COPY = ("-m", "tests.support.steps")
 RATE_PER_SECOND = 300.0
@@ -66,7 +68,9 @@ def small_event(number: int) -> events.ImageEvent:
     return events.ImageEvent(id=f"id-{number}", data=b"x" * 400)
 
 
-async def finished(installation: Settings, driver: Driver, timeout_seconds: float = 90.0) -> faults.Accounting:
+async def finished(
+    installation: Settings, driver: Driver, timeout_seconds: float = 90.0
+) -> faults.Accounting:
     """Stop the load, wait until the group has caught up, and account."""
     journal = await driver.stop()
     assert journal.places
@@ -121,11 +125,14 @@ async def test_sigkill_at_random_points_loses_nothing(made: Settings, crew: Work
         await asyncio.sleep(SESSION_SECONDS)
     accounting = await finished(made, load)
     assert accounting.is_clean
-    # What a kill repeats: the batches in flight and what was finished since the last commit (1 s), per victim.
-    assert accounting.repeated <= 3 * (2 * 32 + RATE_PER_SECOND)
+    # What a kill repeats: two batches in flight, and what was finished since the last commit a quarter second
+    # ago, at up to 1,280 records/s while a backlog is worked off; twice that, for a machine that is busy.
+    assert accounting.repeated <= 3 * 2 * (2 * 32 + 0.25 * 1280)
 
 
-async def test_sigkill_before_the_first_commit_loses_nothing(made: Settings, crew: Workers, load: Driver) -> None:
+async def test_sigkill_before_the_first_commit_loses_nothing(
+    made: Settings, crew: Workers, load: Driver
+) -> None:
     """A worker of a fresh group killed before anything was committed loses nothing."""
     slow = crew.start(*COPY, TEST_BATCH_SECONDS="3")
     await ready(slow)
@@ -138,7 +145,9 @@ async def test_sigkill_before_the_first_commit_loses_nothing(made: Settings, cre
 
 async def test_an_unfinished_head_is_never_passed(made: Settings, crew: Workers, load: Driver) -> None:
     """With a partition's head unfinished and later records finished, a SIGKILL loses nothing."""
-    stuck = crew.start(*COPY, TEST_STUCK_ID="id-100", TEST_BATCH_RECORDS="1", TEST_BATCH_SECONDS="0.001", TEST_OVERLAP="8")
+    stuck = crew.start(
+        *COPY, TEST_STUCK_ID="id-100", TEST_BATCH_RECORDS="1", TEST_BATCH_SECONDS="0.001", TEST_OVERLAP="8"
+    )
     await ready(stuck)
 
     async def passed() -> bool:
@@ -252,30 +261,29 @@ async def test_transaction_markers_and_gaps(made: Settings, crew: Workers, kafka
     assert accounting.is_clean
 
 
-async def test_records_that_kill_the_worker(made: Settings, crew: Workers, load: Driver) -> None:
+async def test_records_that_kill_the_worker(made: Settings, crew: Workers) -> None:
     """Records that kill the process, two on one partition, end as dead letters; all others as results."""
-    environment = {"TEST_ABORT_PREFIX": "killer"}
-    await asyncio.sleep(1)
-    for name in ("killer-1", "killer-2"):
-        # One key's partition: both on the same one.
-        await load.publish_keyed(events.ImageEvent(id=name, data=b"x"), key=b"same")
-        await asyncio.sleep(0.5)
-    running = [crew.start(*COPY, **environment) for _ in range(2)]
+    environment = {"TEST_ABORT_PREFIX": "killer", "TEST_BATCH_SECONDS": "0.01"}
     deaths = 0
+    async with Driver(made, small_event, rate_per_second=100) as load:
+        await asyncio.sleep(1)
+        for name in ("killer-1", "killer-2"):
+            await load.publish_keyed(events.ImageEvent(id=name, data=b"x"), key=b"one partition")
+        running = [crew.start(*COPY, **environment) for _ in range(2)]
 
-    async def both_dead_lettered() -> bool:
-        nonlocal deaths
-        for index, worker in enumerate(running):
-            if worker.exit_code is not None:
-                deaths += 1
-                running[index] = crew.start(*COPY, **environment)
-        counts = await faults.count_topics(made)
-        return {"killer-1", "killer-2"} <= counts.dead_letters.keys()
+        async def both_dead_lettered() -> bool:
+            nonlocal deaths
+            for index, worker in enumerate(running):
+                if worker.exit_code is not None:
+                    deaths += 1
+                    running[index] = crew.start(*COPY, **environment)
+            letters = await read_all(made, made.topic(topics.DEAD_LETTERS.name))
+            return {decode_dead_letter(letter).image_id for letter in letters} == {"killer-1", "killer-2"}
 
-    await eventually(both_dead_lettered, 180)
-    print("deaths", deaths)
-    accounting = await finished(made, load)
+        await eventually(both_dead_lettered, 200)
+        accounting = await finished(made, load)
+    print(f"deaths {deaths}")
     assert accounting.is_clean
     assert accounting.dead_letters == 2
-    letters = (await faults.count_topics(made)).dead_letters
-    assert set(letters) == {"killer-1", "killer-2"}
+    # Once at large, once where the partition was left, three times alone; the second one while suspected too.
+    assert deaths <= 2 * 5 + 2
