@@ -53,7 +53,7 @@ T = TypeVar("T")
 router = APIRouter(tags=["images"], dependencies=[KeyRequired])
 
 
-def decoded_id(
+async def decoded_id(
     segment: Annotated[
         str,
         Path(alias="id", description="The image's id, percent-encoded as one segment (a slash is `%2F`)."),
