@@ -100,8 +100,8 @@ def decode_dead_letter(record: events.Record) -> DeadLetter:
 
     try:
         failed_at = msgspec.convert(text("failed-at", ""), datetime).astimezone(UTC)
-    except (msgspec.ValidationError, OverflowError):
-        failed_at = datetime.fromtimestamp(max(record.timestamp_ms, 0) / 1000, UTC)
+    except (msgspec.ValidationError, ValueError, OverflowError):
+        failed_at = record.published_at
     original = events.Record(
         topic=text("topic", record.topic),
         partition=number("partition", record.partition),
@@ -126,7 +126,8 @@ def decode_dead_letter(record: events.Record) -> DeadLetter:
 def redriven(letter: DeadLetter) -> events.Outgoing:
     """Return the record to publish on the original topic: same identity, one group, attempts counted."""
     headers = [header for header in letter.record.headers if not header[0].startswith(PREFIX)]
-    if letter.image_id and not any(name == "ce_id" for name, _ in headers):
+    if letter.image_id and not _names_itself(letter.record):
+        headers = [header for header in headers if header[0] != "ce_id"]
         headers.append(("ce_id", letter.image_id.encode()))
     headers.append((PREFIX + "only-group", letter.group.encode()))
     headers.append((PREFIX + "attempts", str(letter.attempts).encode()))
@@ -139,6 +140,14 @@ def _identity(record: events.Record) -> str | None:
         return events.image_id(record)
     except ContractError:
         return record.default_id
+
+
+def _names_itself(record: events.Record) -> bool:
+    """Whether the record has a `ce_id` that can be an identity; else a redrive must not take its new place."""
+    try:
+        return record.header("ce_id") is not None and bool(events.image_id(record))
+    except ContractError:
+        return False
 
 
 class FaultLimiter:

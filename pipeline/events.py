@@ -17,7 +17,6 @@ from pipeline.errors import ContractError
 
 IMAGE_TYPE = "millrace.image.v1"
 PREDICTION_TYPE = "millrace.prediction.v1"
-DEAD_LETTER_TYPE = "millrace.dead-letter.v1"
 
 MAX_ID_CHARACTERS = 512  # an id is a name, not a payload; it is a primary key in PostgreSQL
 SHA256_HEX = re.compile(r"[0-9a-f]{64}")
@@ -25,6 +24,7 @@ TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Tra
 # Half of what an object store allows (1,024 bytes), and nothing that a file system reads as a path trick.
 OBJECT_KEY = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*")
 MAX_OBJECT_KEY_CHARACTERS = 512
+_MAX_TIMESTAMP_MS = 253_370_764_800_000  # 9999-01-01T00:00:00Z; datetime ends within that year
 
 Headers = tuple[tuple[str, bytes], ...]
 Outcome = Literal["predicted", "expired"]
@@ -45,6 +45,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     def default_id(self) -> str:
         """Identity of a record that names none: its place in Kafka, with its time (topics may be recreated)."""
         return f"{self.topic}:{self.partition}:{self.offset}:{self.timestamp_ms}"
+
+    @property
+    def published_at(self) -> datetime:
+        """The record's timestamp; a producer may write any number, the result is between 1970 and 9999."""
+        return datetime.fromtimestamp(min(max(self.timestamp_ms, 0), _MAX_TIMESTAMP_MS) / 1000, UTC)
 
     def header(self, name: str) -> bytes | None:
         """Return the last header of that name, as Kafka's own clients do."""
@@ -210,7 +215,7 @@ def decode_image(record: Record) -> ImageEvent:
         dataref=None if record.value else dataref,
         sha256=sha256,
         source=_text(record, "ce_source") or f"kafka:{record.topic}",
-        time=_time(record, "ce_time") or datetime.fromtimestamp(max(record.timestamp_ms, 0) / 1000, UTC),
+        time=_time(record, "ce_time") or record.published_at,
         content_type=_text(record, "content-type"),
         expires_at=_time(record, "ce_expirytime"),
         traceparent=_traceparent(record),
@@ -287,7 +292,7 @@ def decode_prediction(record: Record) -> Prediction:
     _check_type(_text(record, "ce_type"), PREDICTION_TYPE)
     try:
         return _prediction_decoder.decode(record.value or b"")
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractError(f"not a prediction: {error}") from error
 
 
@@ -324,7 +329,10 @@ def _time(record: Record, name: str) -> datetime | None:
         raise ContractError(f"{name} is not an RFC 3339 time") from None
     if moment.tzinfo is None:
         raise ContractError(f"{name} has no time zone")
-    return moment
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # the first or last hours that a datetime can say, in another time zone
+        raise ContractError(f"{name} is out of range") from None
 
 
 def _traceparent(record: Record) -> str | None:
