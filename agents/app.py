@@ -43,6 +43,8 @@ STEPS = {
 # Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.
 LOST_MEMBERSHIP_SECONDS = 180.0
 MONITOR_SECONDS = 15.0
+# A fetched record reaches the agent within milliseconds; one that does not was dropped on the way by a library.
+LOST_RECORD_SECONDS = 60.0
 # Of the grace period after SIGTERM: for started work; the rest is for leaving the group and closing clients.
 DRAIN_SHARE = 0.8
 
@@ -222,6 +224,8 @@ class Worker:
         assert self._app is not None
         while True:
             consumer = self._app.consumer
+            if self._delivery.oldest_pending_seconds() > LOST_RECORD_SECONDS:
+                raise FatalError("records were fetched and did not reach the agent")
             if consumer.is_member():
                 self._lost_since = None
             elif self._lost_since is None:

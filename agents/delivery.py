@@ -244,6 +244,11 @@ class Delivery:
             if (offset := partition.ledger.committable) is not None
         }
 
+    def oldest_pending_seconds(self) -> float:
+        """Return how long the oldest record has been on its way from the fetch to the agent: milliseconds."""
+        firsts = [next(iter(p.pending.values())) for p in self._partitions.values() if p.pending]
+        return time.monotonic() - min((d.received_at for d in firsts), default=time.monotonic())
+
     def observe_ends(self, starts: Mapping[TopicPartition, Start]) -> None:
         """Compare progress with where the partitions begin and end now: lag, and what retention took."""
         lag: dict[str, int] = {}

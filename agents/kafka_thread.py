@@ -92,11 +92,11 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             raise ConsumerStoppedError
         owned = ((tp.topic, tp.partition) for tp in kafka.assignment())
         places = {KafkaPartition(*place) for place in self.consumer.delivery.fetchable(owned)}
-        self._hold_positions(kafka)
         generation = self.app.consumer_generation_id
         with fetcher._subscriptions.fetch_context():  # even for nothing: aiokafka must not take us for dead
             if not self.consumer.flow_active or not places:
                 return
+            self._hold_positions(kafka)
             records = await fetcher.fetched_records(
                 places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS
             )
