@@ -39,6 +39,9 @@ REDUCING_GAP = 2.0
 # A picture this large holds up to 4 bytes a pixel while it is decoded; one at a time, or a pool of 16 threads
 # could hold 6 GiB of them.
 LARGE_PIXELS = 16_000_000
+# A progressive JPEG is decoded once per scan, each a pass over all pixels for a few bytes of file: cameras write
+# 10, thousands are an attack on the processor (libjpeg-turbo's own fuzzers stop at 500).
+MAX_JPEG_SCANS = 100
 MAX_REASON_CHARACTERS = 200
 
 #: Width and height in pixels; a picture is stretched to it, its aspect ratio is not kept.
@@ -53,6 +56,7 @@ _DECODERS = {
     "image/avif": AvifImagePlugin.AvifImageFile.format,
     "image/bmp": BmpImagePlugin.BmpImageFile.format,
 }
+_START_OF_SCAN = b"\xff\xda"
 _EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what undoes it (JEITA CP-3451, 4.6.4.A).
 _UNDO = {
@@ -103,6 +107,8 @@ def decode(data: bytes, sizes: Sequence[Size], limits: Limits = Limits()) -> Pic
     if media not in formats.DECODABLE:
         known = f"{media} is not supported" if media else f"not a picture: the data begin with {data[:12]!r}"
         raise UndecodableImageError(known)
+    if media == "image/jpeg" and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+        raise UndecodableImageError(f"image/jpeg: more than {MAX_JPEG_SCANS} scans")
     _set_pillow_up(limits)
     try:
         return _decode(data, media, sizes, limits)

@@ -180,7 +180,9 @@ class Engine:
         self._decoder.add(work)
 
     def _on_fetched(self, work: Work) -> None:
-        if work.error is None and not work.is_expired and not self._stopped:
+        if self._stopped:
+            return
+        if work.error is None and not work.is_expired:
             self._decode(work)
             return
         self._fetcher.release(work)
@@ -204,6 +206,8 @@ class Engine:
     def _advance(self) -> None:
         """Take over what the decode threads have finished, and feed the device."""
         self._wake_is_coming = False
+        if self._stopped:
+            return
         settled = []
         while self._decoder.finished:
             work = self._decoder.finished.popleft()
@@ -264,7 +268,7 @@ class Engine:
         self._hang_timer = self._loop.call_later(self._options.batch_hang_seconds - ran, self._check_hang)
 
     def _on_batch_done(self, report: Report) -> None:
-        if self.fatal.done():
+        if self._stopped or self.fatal.done():
             return
         self._on_device = None
         if report.fatal is not None:

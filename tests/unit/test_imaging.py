@@ -165,6 +165,31 @@ def peak_kibibytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    """A few kilobytes cannot keep a decoder thread busy for minutes."""
+    data = pictures.encode(pictures.scene(), "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(UndecodableImageError, match="more than 100 scans"):
+        imaging.decode(data[:-2] + last_scan * 100 + data[-2:], [SIZE])
+    imaging.decode(data, [SIZE])
+
+
+@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (17, 4001)])
+def test_odd_shapes_are_pictures_too(codec: str, size: tuple[int, int]) -> None:
+    """One pixel, or one row of them, is stretched like any other picture."""
+    decoded = imaging.decode(pictures.encode(Image.new("RGB", size, pictures.LEFT), codec), [SIZE])
+    assert (decoded.width, decoded.height) == size
+    assert is_close(tuple(decoded.pixels[0].mean((0, 1)).astype(int)), pictures.LEFT)
+
+
+def test_ycck_jpegs_are_decoded() -> None:
+    """A JPEG as Photoshop stores it (Adobe marker, transform 2) comes out in colour."""
+    data = bytearray(pictures.cmyk_jpeg())
+    data[data.index(b"Adobe") + 11] = 2
+    assert imaging.decode(bytes(data), [SIZE]).pixels[0].shape == (32, 64, 3)
+
+
 def test_pillows_own_check_is_a_second_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """What slips past our look at the header is still refused for its size."""
     monkeypatch.setattr(formats, "canvas_size", lambda data, media: None)
