@@ -45,7 +45,7 @@ def from_error(group: str, record: events.Record, error: MillraceError, now: dat
         group=group,
         record=record,
         code=error.code,
-        reason=error.message[:MAX_REASON_CHARACTERS].replace("\x00", "\\0"),
+        reason=_plain(error.message[:MAX_REASON_CHARACTERS]),
         failed_at=now,
         attempts=events.attempts(record) + 1,
         image_id=_identity(record),
@@ -132,6 +132,11 @@ def redriven(letter: DeadLetter) -> events.Outgoing:
     headers.append((PREFIX + "only-group", letter.group.encode()))
     headers.append((PREFIX + "attempts", str(letter.attempts).encode()))
     return events.Outgoing(letter.record.key, letter.record.value, tuple(headers))
+
+
+def _plain(text: str) -> str:
+    """Replace what neither a header nor PostgreSQL takes; a library's error may say anything."""
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\\0")
 
 
 def _identity(record: events.Record) -> str | None:
