@@ -261,6 +261,48 @@ async def test_transaction_markers_and_gaps(made: Settings, crew: Workers, kafka
     assert accounting.is_clean
 
 
+async def test_gaps_that_compaction_leaves(made: Settings, crew: Workers, kafka: str) -> None:
+    """Offsets that compaction emptied are neither waited for nor counted, also across a SIGKILL."""
+    from aiokafka.admin import AIOKafkaAdminClient
+    from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+    topic = made.topic(topics.IMAGES_BULK.name)
+    compacted = {"cleanup.policy": "compact", "segment.ms": "100", "min.cleanable.dirty.ratio": "0.01",
+                 "max.compaction.lag.ms": "100"}  # fmt: skip
+    admin_client = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin_client.start()
+    try:
+        await admin_client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs=compacted)])
+    finally:
+        await admin_client.close()
+    async with Driver(made, small_event, rate_per_second=0.001) as driver:
+        for number in range(60):
+            # Ten keys, all on one partition or few: only the last record of each key stays.
+            await driver.publish_keyed(small_event(number), key=f"key-{number % 10}".encode())
+
+        async def rolled_and_compacted() -> list[events.Record]:
+            # A new record rolls the segment, which is what makes the elder ones cleanable.
+            await driver.publish_keyed(small_event(1000 + len(driver.journal)), key=b"key-0")
+            left = await read_all(made, topic)
+            return left if len(left) < 40 else []
+
+        await eventually(rolled_and_compacted, 60)
+        worker = await ready(crew.start(*COPY, TEST_BATCH_RECORDS="1", TEST_OVERLAP="4"))
+        worker.kill()
+        await ready(crew.start(*COPY))
+        left = {events.image_id(record) for record in await read_all(made, topic)}
+        sent = await driver.stop()
+
+    async def caught_up() -> bool:
+        return sum(row.lag for row in await admin.lag(made, [made.group("copy")])) == 0
+
+    await eventually(caught_up, 60)
+    counts = await faults.count_topics(made)
+    print(f"published {len(sent)}, left by compaction {len(left)}, predicted {len(counts.predictions)}")
+    assert left <= counts.predictions.keys()
+    assert counts.predictions.keys() <= sent.places.keys()
+
+
 async def test_records_that_kill_the_worker(made: Settings, crew: Workers) -> None:
     """Records that kill the process, two on one partition, end as dead letters; all others as results."""
     environment = {"TEST_ABORT_PREFIX": "killer", "TEST_BATCH_SECONDS": "0.01"}
