@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from millrace import cli_operations
+from millrace.command import Json, run
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -31,14 +34,12 @@ topics_app = typer.Typer(
 dead_letters_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Records that could not be finished: look, and try again.",
+    help="Look at what failed, and try again.",
 )
+app.add_typer(cli_operations.app)
 app.add_typer(publish_app, name="publish")
 app.add_typer(predictions_app, name="predictions")
-app.add_typer(topics_app, name="topics")
 app.add_typer(dead_letters_app, name="dead-letters")
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on stdout.")]
 
 
 class LaneName(StrEnum):
@@ -61,27 +62,6 @@ def main() -> None:
     app()
 
 
-def _run(body: Callable[["Settings"], int], **overrides: Any) -> None:
-    """Run a command with the settings, quietly, and exit with its code."""
-    import logging
-
-    from millrace.output import guarded
-    from pipeline import logs, settings
-
-    def prepared() -> int:
-        given = settings.load(**{name: value for name, value in overrides.items() if value is not None})
-        # People get messages; logs only when they ask for them.
-        asked = "log_level" in given.model_fields_set
-        level = given.log_level if asked else "error"
-        logs.configure(given.model_copy(update={"log_level": level, "log_format": "console"}))
-        if not asked:
-            # aiokafka logs as errors what it then retries, or what we say in one line.
-            logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-        return body(given)
-
-    raise typer.Exit(guarded(prepared))
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -102,7 +82,7 @@ def millrace(
 @publish_app.command("images")
 def publish_images(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER_OR_FILE...", help="Folders are searched below too.")
+        list[Path], typer.Argument(metavar="FOLDER_OR_FILE", help="Folders are searched below too.")
     ],
     lane: Annotated[LaneName, typer.Option(help="realtime: somebody is waiting.")] = LaneName.bulk,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Most pictures per second.")] = None,
@@ -133,7 +113,7 @@ def publish_images(
         wishes = publish.Wishes(lane.value, rate, limit, deadline_seconds, id_from.value, as_json)
         return asyncio.run(publish.publish_images(settings, paths, wishes))
 
-    _run(body)
+    run(body)
 
 
 @predictions_app.command("get")
@@ -154,7 +134,7 @@ def predictions_get(
 
         return asyncio.run(results.get(settings, image_id, wait, deployment, as_json))
 
-    _run(body)
+    run(body)
 
 
 @predictions_app.command("tail")
@@ -182,63 +162,7 @@ def predictions_tail(
 
         return asyncio.run(results.tail(settings, start, limit, deployment, as_json))
 
-    _run(body)
-
-
-@app.command()
-def lag(
-    group: Annotated[
-        list[str] | None, typer.Option(help="Only this consumer group, by its full name; may be repeated.")
-    ] = None,
-    total: Annotated[bool, typer.Option("--total", help="One line per group and topic.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every 2 seconds, until Ctrl-C.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show how far behind each consumer group is, by topic and partition."""
-
-    def body(settings: "Settings") -> int:
-        import asyncio
-
-        from millrace import operations
-
-        return asyncio.run(operations.lag(settings, group or None, total, watch, as_json))
-
-    _run(body)
-
-
-@topics_app.callback(invoke_without_command=True)
-def topics(context: typer.Context, as_json: Json = False) -> None:
-    """Show each topic of the table as it is on the broker."""
-    if context.invoked_subcommand is None:
-        topics_list(as_json)
-
-
-@topics_app.command("list")
-def topics_list(as_json: Json = False) -> None:
-    """Show each topic of the table as it is on the broker."""
-
-    def body(settings: "Settings") -> int:
-        import asyncio
-
-        from millrace import operations
-
-        return asyncio.run(operations.list_topics(settings, as_json))
-
-    _run(body)
-
-
-@topics_app.command("apply")
-def topics_apply(as_json: Json = False) -> None:
-    """Create missing topics, add partitions, mend configuration; safe to repeat, deletes nothing."""
-
-    def body(settings: "Settings") -> int:
-        import asyncio
-
-        from millrace import operations
-
-        return asyncio.run(operations.apply_topics(settings, as_json))
-
-    _run(body)
+    run(body)
 
 
 Code = Annotated[str | None, typer.Option(help="Only this error code, such as undecodable_image.")]
@@ -267,7 +191,7 @@ def dead_letters_list(
         chosen = deadletters.Filters(code, group, topic, image_id, open_only=not closed)
         return asyncio.run(deadletters.show_list(settings, chosen, limit, as_json))
 
-    _run(body)
+    run(body)
 
 
 @dead_letters_app.command("show")
@@ -288,13 +212,13 @@ def dead_letters_show(
 
         return asyncio.run(deadletters.show_one(settings, number, save_value, as_json))
 
-    _run(body)
+    run(body)
 
 
 @dead_letters_app.command("redrive")
 def dead_letters_redrive(
     numbers: Annotated[
-        list[int] | None, typer.Argument(metavar="[NUMBER...]", help="As `list` shows them.")
+        list[int] | None, typer.Argument(metavar="NUMBER", help="As `list` shows them.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All open ones that the filters leave.")] = False,
     code: Code = None,
@@ -319,7 +243,7 @@ def dead_letters_redrive(
         chosen = numbers or deadletters.Filters(*filters, open_only=True)
         return asyncio.run(deadletters.redrive(settings, chosen, _confirm(yes), as_json))
 
-    _run(body)
+    run(body)
 
 
 def _confirm(yes: bool) -> Callable[[str], bool]:
@@ -334,99 +258,3 @@ def _confirm(yes: bool) -> Callable[[str], bool]:
         return typer.confirm(question, err=True)
 
     return ask
-
-
-@app.command()
-def worker(
-    step: Annotated[str, typer.Argument(metavar="STEP", help="predict, store or archive.")],
-    deployment: Annotated[str | None, typer.Option(help="Name of the set of models (predict).")] = None,
-    models: Annotated[str | None, typer.Option(help="Models, comma-separated (predict).")] = None,
-) -> None:
-    """Run one step in the foreground until SIGTERM or Ctrl-C, which drain it."""
-    from millrace.output import guarded
-
-    def body() -> int:
-        from agents.app import run
-        from pipeline.settings import load
-
-        given = {"deployment": deployment, "models": models}
-        return run(step, load(**{name: value for name, value in given.items() if value is not None}))
-
-    raise typer.Exit(guarded(body))
-
-
-@app.command()
-def retention(
-    older_than: Annotated[
-        str | None, typer.Option(metavar="90d", help="Age; none: MILLRACE_RESULT_RETENTION_DAYS.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Delete images, results, dead letters and objects that are older."""
-    from millrace import durations
-
-    try:
-        age = None if older_than is None else durations.parse(older_than)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--older-than") from None
-
-    def body(settings: "Settings") -> int:
-        import asyncio
-
-        from millrace import operations
-
-        return asyncio.run(operations.retain(settings, age, dry_run, as_json))
-
-    _run(body)
-
-
-@app.command()
-def migrate(as_json: Json = False) -> None:
-    """Bring the database's tables up to date; safe to repeat."""
-
-    def body(settings: "Settings") -> int:
-        import asyncio
-
-        from millrace import operations
-
-        return asyncio.run(operations.migrate(settings, as_json))
-
-    _run(body)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check what Millrace needs and say how to mend what is missing; exit 1 if something is."""
-    import asyncio
-    import logging
-
-    from millrace import doctor as module
-    from millrace.output import guarded
-
-    # Not `_run`: wrong settings are a finding here. Clients log what the findings say.
-    logging.disable(logging.CRITICAL)
-    raise typer.Exit(guarded(lambda: asyncio.run(module.examine(as_json))))
-
-
-@app.command()
-def up(
-    replicas: Annotated[
-        str, typer.Option(metavar="STEP=N,...", help="Such as predict=3,store=2; 0 leaves a step out.")
-    ] = "",
-    once: Annotated[
-        bool, typer.Option("--once", help="End after the samples; exit 0 if all came out right.")
-    ] = False,
-    samples: Annotated[int, typer.Option(min=0, help="How many pictures to draw and publish.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the same pictures again.")] = 7,
-    as_json: Json = False,
-) -> None:
-    """Run everything on this machine: Kafka, PostgreSQL, the gateway and the steps; Ctrl-C stops it."""
-    from millrace import up as stack
-
-    try:
-        counts = stack.parse_replicas(replicas)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--replicas") from None
-
-    _run(lambda settings: stack.up(settings, stack.Wishes(counts, once, samples, seed, as_json)))

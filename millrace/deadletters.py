@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from millrace.output import EXIT_FAILED, emit, say, show, show_table
+from millrace.output import EXIT_FAILED, counted, emit, say, show, show_table
 from pipeline import broker, deadletters
 from pipeline.broker import Place
 from pipeline.database import Database
@@ -148,7 +148,7 @@ async def redrive(
             if not numbers:
                 say("no dead letter is open that matches")
                 return 0
-            if not confirm(f"Redrive {len(numbers):,} dead letters?"):
+            if not confirm(f"Redrive {counted(len(numbers), 'dead letter')}?"):
                 say("nothing was redriven")
                 return EXIT_FAILED
         else:
@@ -163,7 +163,10 @@ async def redrive(
                 _tell(result, as_json)
         finally:
             await publisher.stop()
-    say(f"redrove {len(numbers) - failed:,} dead letters" + (f"; {failed:,} failed" if failed else ""))
+    say(
+        f"redrove {counted(len(numbers) - failed, 'dead letter')}"
+        + (f"; {failed:,} failed" if failed else "")
+    )
     return EXIT_FAILED if failed else 0
 
 

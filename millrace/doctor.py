@@ -156,6 +156,10 @@ async def _data_folder(settings: Settings) -> Finding:
     return Finding("data folder", "ok", detail)
 
 
+def _exists(folder: str) -> bool:
+    return Path(folder).exists()
+
+
 def _is_writable(folder: Path) -> bool:
     import os
 
@@ -235,7 +239,7 @@ async def _database(settings: Settings) -> Finding:
 async def _object_store(settings: Settings) -> Finding:
     from pipeline.objects import ObjectStore
 
-    if settings.object_store_url is None and not Path(settings.resolved_object_store).exists():
+    if settings.object_store_url is None and not _exists(settings.resolved_object_store):
         return Finding("object store", "off", "no pictures yet", "`millrace up` makes the folder")
     key = "doctor/probe"
     try:

@@ -12,7 +12,7 @@ def parse(text: str) -> timedelta:
     Raises:
         ValueError: It is none; the message says what is.
     """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhdw]?)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhdw]?)", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no length of time such as 30s, 5m, 12h or 90d")
     return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from millrace.output import emit, say, show, show_table
+from millrace.output import counted, emit, say, show, show_table
 from pipeline import admin, broker
 from pipeline.retention import Removed
 from pipeline.settings import Settings
@@ -169,7 +169,7 @@ async def migrate(settings: Settings, as_json: bool) -> int:
             emit({"migration": name})
         else:
             show(name)
-    say(f"{len(applied)} migrations applied" if applied else "the database is up to date")
+    say(f"applied {counted(len(applied), 'migration')}" if applied else "the database is up to date")
     return 0
 
 

@@ -4,8 +4,10 @@ With `--json` stdout carries one JSON object per line and nothing else. An exit 
 look at; `EXIT_CODES` is what `millrace --help` and `docs/` show.
 """
 
+import asyncio
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +22,8 @@ from pipeline.errors import (
     FatalError,
     MillraceError,
 )
+
+_PIPE_POLL_SECONDS = 0.5
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -88,6 +92,22 @@ def printable(text: str) -> str:
         character if character.isprintable() or character == "\n" else ascii(character)[1:-1]
         for character in text
     )
+
+
+async def stdout_closed() -> None:
+    """Return when the reader of stdout has gone away; never, if stdout is no pipe.
+
+    A command that waits for data would notice only with its next line, which may never come.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # only what is always reported: the other end is closed
+    while not poll.poll(0):  # noqa: ASYNC110
+        await asyncio.sleep(_PIPE_POLL_SECONDS)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 picture, 1,200 pictures."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from millrace.output import EXIT_FAILED, emit, say
+from millrace.output import EXIT_FAILED, counted, emit, say
 from millrace.progress import Progress
 from pipeline import events, formats
 from pipeline.broker import Place, Publisher
@@ -339,11 +339,11 @@ def _report(tally: Tally, seconds: float) -> None:
         say(f"{failure.path}: {failure.error}")
     if tally.failed > len(tally.failures):
         say(f"... and {tally.failed - len(tally.failures):,} more")
-    parts = [f"published {tally.published:,} pictures in {seconds:.1f} s"]
+    parts = [f"published {counted(tally.published, 'picture')} in {seconds:.1f} s"]
     if tally.published and seconds > 0:
         parts[0] += f" ({tally.published / seconds:,.0f} per second)"
     if tally.failed:
         parts.append(f"{tally.failed:,} failed")
     if tally.skipped:
-        parts.append(f"{tally.skipped:,} skipped because they are not pictures")
+        parts.append(f"{tally.skipped:,} skipped as no pictures")
     say("; ".join(parts))

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from millrace import durations
-from millrace.output import EXIT_FAILED, emit, say, show
+from millrace.output import EXIT_FAILED, emit, say, show, stdout_closed
 from pipeline import events
 from pipeline.broker import LiveReader
 from pipeline.database import Database
@@ -123,26 +123,38 @@ async def tail(
     """
     reader = LiveReader(settings, [settings.topic(PREDICTIONS.name)], start=start, client_id="millrace-tail")
     await reader.start(wait=False)
-    printed = 0
+    printing = asyncio.create_task(_print(reader, limit, deployment, as_json))
+    closed = asyncio.create_task(stdout_closed())
     try:
-        async for record in reader:
-            try:
-                prediction = events.decode_prediction(record)
-            except ContractError as error:
-                say(f"{record.default_id}: {error.message}")
-                continue
-            if deployment not in (None, prediction.deployment):
-                continue
-            if as_json:
-                emit(prediction)
-            else:
-                show(line_of(prediction))
-            printed += 1
-            if printed == limit:
-                return 0
+        await asyncio.wait({printing, closed}, return_when=asyncio.FIRST_COMPLETED)
+        if not printing.done():
+            raise BrokenPipeError
+        printing.result()
+        return 0
     finally:
+        for task in (printing, closed):
+            task.cancel()
+        await asyncio.wait({printing, closed})
         await reader.stop()
-    return 0
+
+
+async def _print(reader: LiveReader, limit: int | None, deployment: str | None, as_json: bool) -> None:
+    printed = 0
+    async for record in reader:
+        try:
+            prediction = events.decode_prediction(record)
+        except ContractError as error:
+            say(f"{record.default_id}: {error.message}")
+            continue
+        if deployment not in (None, prediction.deployment):
+            continue
+        if as_json:
+            emit(prediction)
+        else:
+            show(line_of(prediction))
+        printed += 1
+        if printed == limit:
+            return
 
 
 def line_of(prediction: events.Prediction, *, with_id: bool = True) -> str:

@@ -5,6 +5,7 @@ The pictures of a seed are always the same; their ids are new in each run, so th
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -29,8 +30,7 @@ class Samples:
         self._settings = settings
         self._seed = seed
         self._count = count
-        # The second alone would do for one person; two runs on one Kafka get apart by the microsecond.
-        self._run = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+        self._run = secrets.token_hex(4)
         self._labels: dict[str, str] = {}
         self._faults: dict[str, str] = {}
         self._open: set[str] = set()
@@ -67,6 +67,10 @@ class Samples:
             sender.close()
         self._published = True
         self.progressed.set()
+
+    def has(self, image_id: str) -> bool:
+        """Whether this is the id of a sample."""
+        return image_id in self._labels
 
     def see(self, prediction: events.Prediction) -> None:
         """Judge a prediction if it is of a sample."""

@@ -5,22 +5,20 @@ tables, then processes, then samples; and back again at the end, so that every s
 """
 
 import asyncio
-import os
 import shlex
 import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from millrace import ports, processes
 from millrace.local import EmbeddedKafka, EmbeddedPostgres, LocalServices, local_services
-from millrace.output import EXIT_FAILED, EXIT_INTERRUPTED, emit, say, show
+from millrace.output import EXIT_FAILED, EXIT_INTERRUPTED, counted, emit, say, show
+from millrace.parts import describe_parts, wait_until_ready
 from millrace.results import line_of
 from millrace.samples import Samples
-from millrace.supervisor import ChildSpec, Event, Exited, Restarting, supervise
+from millrace.supervisor import Event, Exited, Restarting, supervise
 from pipeline import broker, deadletters, events
 from pipeline.connections import backoff_seconds
 from pipeline.database import Database, migrate
@@ -28,21 +26,10 @@ from pipeline.errors import ConfigurationError, ContractError, DependencyError
 from pipeline.settings import PREFIX, Settings
 from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, PREDICTIONS
 
-if TYPE_CHECKING:
-    import httpx
-
-STEPS = ("predict", "store", "archive")
-FIRST_WORKER_PORT = 8041
-# Importing torch and warming up take seconds; fetching a model for the first time may take minutes.
-_READY_SECONDS = 600.0
-_READY_NEWS_SECONDS = 15.0
 # Without any outcome for so long, the samples are not coming.
 _SAMPLE_QUIET_SECONDS = 60.0
 _STORED_SECONDS = 30.0
-_POLL_SECONDS = 0.1
 _LINES_PER_SECOND = 20
-# Beyond the grace period, within which a child ends itself.
-_STOP_MARGIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,29 +41,6 @@ class Wishes:
     samples: int = 24
     seed: int = 7
     as_json: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """A process of the stack, and where it says whether it is ready."""
-
-    spec: ChildSpec
-    ready_url: str
-
-
-def parse_replicas(text: str) -> dict[str, int]:
-    """Read `predict=3,store=2`.
-
-    Raises:
-        ValueError: It is not that.
-    """
-    counts: dict[str, int] = {}
-    for item in filter(None, (item.strip() for item in text.split(","))):
-        step, _, number = item.partition("=")
-        if step not in STEPS or not number.isdigit() or int(number) > 100:
-            raise ValueError(f"{item!r} is not STEP=N with a step of {', '.join(STEPS)} and N up to 100")
-        counts[step] = int(number)
-    return counts
 
 
 def up(settings: Settings, wishes: Wishes) -> int:
@@ -126,7 +90,7 @@ class _Stack:
         self._services = services
         self._wishes = wishes
         self._begun = begun
-        self._parts = _parts(settings, wishes.replicas)
+        self._parts = describe_parts(settings, wishes.replicas)
         self._samples = Samples(settings, wishes.seed, wishes.samples)
         self._asked_to_stop = asyncio.Event()
         self._printed: list[float] = []
@@ -189,7 +153,7 @@ class _Stack:
 
     async def _work(self) -> int | None:
         say(f"starting {', '.join(part.spec.name for part in self._parts)}")
-        await self._wait_until_ready()
+        await wait_until_ready(self._parts)
         say(f"ready after {time.monotonic() - self._begun:.1f} s")
         async with self._watching():
             if self._wishes.samples:
@@ -201,31 +165,6 @@ class _Stack:
             self._say_where()
             await asyncio.Event().wait()
         return 0
-
-    async def _wait_until_ready(self) -> None:
-        import httpx
-
-        waiting = {part.spec.name: part for part in self._parts}
-        deadline = time.monotonic() + _READY_SECONDS
-        news_at = time.monotonic() + _READY_NEWS_SECONDS
-        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
-            while waiting:
-                reasons = {}
-                for name, part in list(waiting.items()):
-                    reason = await _unready(client, part.ready_url)
-                    if reason is None:
-                        del waiting[name]
-                    else:
-                        reasons[name] = reason
-                if time.monotonic() > deadline:
-                    name, reason = next(iter(reasons.items()))
-                    raise DependencyError(
-                        f"{name} is not ready ({reason}); see {waiting[name].spec.log_path}"
-                    )
-                if reasons and time.monotonic() > news_at:
-                    news_at += _READY_NEWS_SECONDS
-                    say("waiting for " + ", ".join(f"{name} ({reason})" for name, reason in reasons.items()))
-                await asyncio.sleep(_POLL_SECONDS)
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
@@ -261,18 +200,21 @@ class _Stack:
         # A load of hundreds a second would scroll everything else away.
         now = time.monotonic()
         self._printed = [moment for moment in self._printed if moment > now - 1.0]
-        if len(self._printed) >= _LINES_PER_SECOND:
+        if len(self._printed) >= _LINES_PER_SECOND and not self._samples.has(prediction.image_id):
             self._unprinted += 1
             return
-        if self._unprinted:
-            say(f"... and {self._unprinted:,} more")
-            self._unprinted = 0
+        self._tell_unprinted()
         self._printed.append(now)
         show(line_of(prediction))
 
+    def _tell_unprinted(self) -> None:
+        if self._unprinted:
+            say(f"... and {counted(self._unprinted, 'prediction')} more")
+            self._unprinted = 0
+
     async def _publish_samples(self) -> list[str]:
         """Publish the samples and wait for their results; return what is wrong with them."""
-        say(f"publishing {self._wishes.samples} sample pictures to both lanes")
+        say(f"publishing {counted(self._wishes.samples, 'sample picture')} to both lanes")
         publisher = broker.Publisher(self._settings, client_id="millrace-up")
         await publisher.start()
         try:
@@ -289,7 +231,7 @@ class _Stack:
         for fault in faults:
             say(fault)
         right = self._wishes.samples - len(faults)
-        say(f"{right} of {self._wishes.samples} samples came out as expected")
+        say(f"{right} of {counted(self._wishes.samples, 'sample')} came out as expected")
         return faults
 
     def _say_where(self) -> None:
@@ -320,18 +262,19 @@ class _Stack:
             say(f"starting {event.name} again in {event.after_seconds:g} s")
 
     async def _keep_services(self) -> None:
-        """Start an embedded service again that ended: the steps wait for it."""
+        """Each second: start an embedded service again that ended, as the steps wait for it."""
         kept: list[EmbeddedKafka | EmbeddedPostgres] = [
             service for service in (self._services.kafka, self._services.postgres) if service is not None
         ]
         delays = backoff_seconds()
         while True:
             await asyncio.sleep(1.0)
+            self._tell_unprinted()
             for service in kept:
                 if service.running:
                     continue
                 name = type(service).__name__.removeprefix("Embedded")
-                say(f"{name} ended, starting it again; see {service.log_path}")
+                say(f"{name} ended; starting it again; see {service.log_path}")
                 try:
                     await asyncio.to_thread(service.start)
                     say(f"{name} is back")
@@ -339,80 +282,6 @@ class _Stack:
                 except (ConfigurationError, DependencyError) as error:
                     say(error.message)
                     await asyncio.sleep(next(delays))
-
-
-def _parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
-    """Describe the processes to run."""
-    logs = settings.data_dir / "logs"
-    stop_seconds = settings.shutdown_grace_seconds + _STOP_MARGIN_SECONDS
-    env = {
-        f"{PREFIX}KAFKA_BOOTSTRAP_SERVERS": settings.resolved_kafka,
-        f"{PREFIX}DATABASE_URL": settings.resolved_database,
-        f"{PREFIX}OBJECT_STORE_URL": settings.resolved_object_store,
-        f"{PREFIX}DATA_DIR": str(settings.data_dir),
-    }
-    gateway = [sys.executable, "-m", "gateway"]
-    parts = [
-        Part(
-            ChildSpec("gateway", gateway, logs / "gateway.log", env, stop_seconds),
-            f"{_loopback(settings.gateway_host, settings.gateway_port)}/readyz",
-        )
-    ]
-    counts = {step: replicas.get(step, 1) for step in STEPS}
-    free = iter(_worker_ports(settings.worker_host, sum(counts.values())))
-    for step, count in counts.items():
-        for number in range(1, count + 1):
-            name = step if count == 1 else f"{step}-{number}"
-            port = next(free)
-            own = env | {f"{PREFIX}WORKER_PORT": str(port)} | _threads(settings, step, count)
-            argv = [sys.executable, "-m", "agents", step]
-            spec = ChildSpec(name, argv, logs / f"{name}.log", own, stop_seconds)
-            parts.append(Part(spec, f"{_loopback(settings.worker_host, port)}/readyz"))
-    return parts
-
-
-def _threads(settings: Settings, step: str, count: int) -> dict[str, str]:
-    """Share the cores between replicas: each would else use all of them."""
-    if step != "predict" or count == 1:
-        return {}
-    share = str(max(1, (os.cpu_count() or 1) // count))
-    wanted = {
-        f"{PREFIX}TORCH_THREADS": settings.torch_threads,
-        f"{PREFIX}DECODE_THREADS": settings.decode_threads,
-    }
-    return {name: share for name, value in wanted.items() if value == 0}
-
-
-def _worker_ports(host: str, count: int) -> Sequence[int]:
-    found: list[int] = []
-    for port in range(FIRST_WORKER_PORT, FIRST_WORKER_PORT + 10 * count + 10):
-        if len(found) == count:
-            break
-        with suppress(ConfigurationError):
-            ports.require_free(host, port, "")
-            found.append(port)
-    return found + [ports.find_free(host) for _ in range(count - len(found))]
-
-
-def _loopback(host: str, port: int) -> str:
-    """Return the URL by which this machine reaches what binds to `host`."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
-    return f"http://{reached}:{port}"
-
-
-async def _unready(client: "httpx.AsyncClient", url: str) -> str | None:
-    import httpx
-
-    try:
-        response = await client.get(url)
-    except httpx.HTTPError:
-        return "starting"
-    if response.is_success:
-        return None
-    try:
-        return str(response.json().get("reason", "starting"))
-    except (ValueError, AttributeError):
-        return f"HTTP {response.status_code}"
 
 
 def _without_password(url: str) -> str:
