@@ -4,6 +4,7 @@
 with one line that names the variable.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
@@ -16,6 +17,9 @@ from pipeline.errors import ConfigurationError
 PREFIX = "MILLRACE_"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
+_PASSWORD = re.compile(r"//[^/@]*@")  # the user's part of a URL
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +28,8 @@ Count = Annotated[int, Field(ge=1)]
 class Settings(BaseSettings):
     """All settings of all parts; each part reads the ones it needs."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+    # An empty variable is an unset one, as compose files and charts write it.
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
 
     # Kafka
     kafka_bootstrap_servers: str | None = Field(
@@ -149,7 +154,7 @@ class Settings(BaseSettings):
     )
 
     # Retention
-    result_retention_days: Annotated[float, Field(gt=0)] = Field(
+    result_retention_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
         90.0,
         description="`millrace retention` deletes images, results, dead letters and objects older than this.",
     )
@@ -172,6 +177,18 @@ class Settings(BaseSettings):
             except OSError as error:
                 raise ValueError(f"{path}: {error.strerror}") from None
         return path
+
+    @field_validator("kafka_bootstrap_servers")
+    @classmethod
+    def _are_addresses(cls, servers: str | None) -> str | None:
+        if servers is None:
+            return None
+        addresses = [address.strip() for address in servers.split(",")]
+        for address in addresses:
+            found = _ADDRESS.fullmatch(address)
+            if not found or not 0 < int(found["port"]) < 2**16:
+                raise ValueError(f"{address!r} is not host:port")
+        return ",".join(addresses)
 
     @field_validator("database_url")
     @classmethod
@@ -250,5 +267,5 @@ def _describe(fault: object) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
     if not fault["loc"]:
         return message
-    shown = repr(fault.get("input"))[:80]
+    shown = _PASSWORD.sub("//…@", repr(fault.get("input")))[:80]
     return f"{PREFIX}{str(fault['loc'][0]).upper()}: {message} (got {shown})"
