@@ -18,6 +18,7 @@ from pipeline.database import Database
 from pipeline.deadletters import DeadLetter, decode_dead_letter
 from pipeline.errors import ContractError, FatalError, MillraceError, StorageRefusedError
 from pipeline.events import Prediction, Record
+from pipeline.results import Saved
 from pipeline.settings import Settings
 from pipeline.topics import DEAD_LETTERS, PREDICTIONS
 from pipeline.writes import storable
@@ -120,10 +121,12 @@ class Store:
     async def _write(self, predictions: Sequence[Prediction], letters: Sequence[DeadLetter]) -> None:
         assert self._database is not None
         database = self._database
-        with metrics.STORE_SECONDS.time():
-            saved = await forever(
-                lambda: database.save(predictions, letters), step=self.name, dependency="database"
-            )
+
+        async def save() -> Saved:
+            with metrics.STORE_SECONDS.time():
+                return await database.save(predictions, letters)
+
+        saved = await forever(save, step=self.name, dependency="database")
         metrics.DUPLICATES.labels("repeat").inc(saved.repeats)
         metrics.DUPLICATES.labels("conflict").inc(saved.conflicts)
         if saved.conflicts:

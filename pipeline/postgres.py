@@ -4,6 +4,7 @@ Every statement runs in an explicit transaction, without named prepared statemen
 stand in between in any of its modes. Nothing here knows a table.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import re
@@ -106,7 +107,7 @@ class Pool:
     async def close(self) -> None:
         """Close all connections, at once if they do not close in time."""
         try:
-            await asyncpg.compat.wait_for(self._pool.close(), CONNECT_SECONDS)
+            await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
         except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
             self._pool.terminate()
 

@@ -29,7 +29,7 @@ WITH known AS (
 ), queued AS (
     INSERT INTO object_deletions (object_key)
     SELECT object_key FROM image WHERE owns_object(image_id, object_key)
-    UNION SELECT value_ref FROM letters WHERE starts_with(value_ref, 'dead-letters/')
+    UNION SELECT value_ref FROM letters WHERE value_ref ~ '^dead-letters/[0-9a-f]{2}/[0-9a-f]{64}$'
     ON CONFLICT (object_key) DO UPDATE SET queued_at = excluded.queued_at
     RETURNING object_key
 )
@@ -73,7 +73,7 @@ WITH old AS (
     DELETE FROM dead_letters USING old WHERE dead_letters.id = old.id RETURNING dead_letters.value_ref
 ), queued AS (
     INSERT INTO object_deletions (object_key)
-    SELECT DISTINCT value_ref FROM deleted WHERE starts_with(value_ref, 'dead-letters/')
+    SELECT DISTINCT value_ref FROM deleted WHERE value_ref ~ '^dead-letters/[0-9a-f]{2}/[0-9a-f]{64}$'
     ON CONFLICT (object_key) DO UPDATE SET queued_at = excluded.queued_at
     RETURNING object_key
 )

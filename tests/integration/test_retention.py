@@ -7,15 +7,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agents.archive import Archive
 from pipeline import retention
 from pipeline.database import Database
 from pipeline.errors import DependencyError
+from pipeline.events import ImageEvent, Record, encode_image
 from pipeline.objects import ObjectStore, dead_letter_key, image_key
 from pipeline.results import Expired
 from pipeline.retention import Removed
 from pipeline.settings import load
 from tests.support import services
-from tests.support.samples import GROUP, SHA_A, SHA_B, dead_letter, image_row, prediction
+from tests.support.samples import GROUP, NOW, SHA_A, SHA_B, dead_letter, image_row, prediction
 
 OLD = "now() - interval '100 days'"
 
@@ -116,6 +118,50 @@ async def test_deleting_an_image_deletes_everything_of_it(db: Database, objects:
     assert await db.state("b") is not None
 
 
+class Handed:
+    """A record in the hands of `archive`; `outcome` is what it finished it with."""
+
+    lane = "bulk"
+    outcome: str | None = None
+
+    def __init__(self, event: ImageEvent) -> None:
+        sent = encode_image(event)
+        now_ms = int(NOW.timestamp() * 1000)
+        self.record = Record(
+            topic="images.bulk.v1",
+            partition=0,
+            offset=1,
+            timestamp_ms=now_ms,
+            value=sent.value,
+            headers=sent.headers,
+        )
+
+    def finish(self, outcome: str) -> None:
+        self.outcome = outcome
+
+
+async def test_a_picture_deleted_while_it_is_archived_leaves_nothing(
+    db: Database, objects: ObjectStore, database: str, tmp_path: Path
+) -> None:
+    """A deletion between an image's row and its object leaves neither."""
+
+    class Deleting(ObjectStore):
+        async def put(self, key: str, data: bytes) -> None:
+            await super().put(key, data)
+            await retention.delete_image(db, objects, "a")
+
+    settings = load(database_url=database, object_store_url=str(tmp_path))
+    archive = Archive(settings)
+    archive._database = db
+    archive._objects = Deleting.open(settings)
+    handed = Handed(ImageEvent(id="a", data=b"picture"))
+    await archive._keep([handed])  # type: ignore[list-item]
+    archive._objects.close()
+    assert handed.outcome == "skipped"
+    assert await keys(objects) == set()
+    assert await db.image("a") is None
+
+
 async def test_others_objects_are_never_deleted(db: Database, objects: ObjectStore, database: str) -> None:
     """What a `ce_dataref` points to is deleted only if Millrace put it there for this very image."""
     others = {"uploads/cat.jpg", "images/holiday/cat.jpg", image_key("victim", SHA_B), "dead-lettersX/1"}
@@ -124,6 +170,7 @@ async def test_others_objects_are_never_deleted(db: Database, objects: ObjectSto
     for number, key in enumerate(sorted(others)):
         await db.save_images([image_row(f"i{number}", None, object_key=key)])
         await db.save([], [dead_letter(f"i{number}", offset=number, value_ref=key)])
+    await db.save([], [dead_letter("trick", offset=99, value_ref="dead-letters/../../etc/passwd")])
     await db.save_images([image_row("victim", SHA_B, object_key=image_key("victim", SHA_B))])
     await retention.delete_image(db, objects, "i0")
     await age(database, "image_id <> 'victim'")
