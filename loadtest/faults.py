@@ -5,15 +5,17 @@ in PostgreSQL); repeats are work done twice, counted on the topics and never vis
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from pipeline import deadletters, events, topics
 from pipeline.broker import Place
+from pipeline.database import Database
 from pipeline.errors import ContractError
 from pipeline.readers import read_all
+from pipeline.results import Accounting as Stored
 from pipeline.settings import Settings
 
 Key = tuple[str, int, int]  # topic, partition, offset
@@ -91,12 +93,20 @@ class TopicCounts:
         counted = self.predictions + self.dead_letters
         return sum(counted.values()) - len(counted)
 
+    def repeated_of(self, journal: Journal) -> int:
+        """Records beyond the first of each id in the journal; an id that was sent twice has two results."""
+        counted = self.predictions + self.dead_letters
+        return sum(max(0, counted[image_id] - len(places)) for image_id, places in journal.places.items())
+
 
 async def count_topics(settings: Settings, deployment: str | None = None) -> TopicCounts:
     """Read the output topics from their beginning to their present end, for one deployment or all."""
     counts = TopicCounts()
     for record in await read_all(settings, settings.topic(topics.PREDICTIONS.name)):
-        prediction = events.decode_prediction(record)
+        try:
+            prediction = events.decode_prediction(record)
+        except ContractError:
+            continue  # anybody's garbage; `store` dead-letters it
         if deployment in (None, prediction.deployment):
             counts.predictions[prediction.image_id] += 1
     for record in await read_all(settings, settings.topic(topics.DEAD_LETTERS.name)):
@@ -114,11 +124,35 @@ async def account_topics(settings: Settings, journal: Journal) -> Accounting:
 
 
 async def account_database(
-    settings: Settings, journal: Journal, rows: Sequence[tuple[str, str]], letters: Iterable[str]
+    settings: Settings, database: Database, journal: Journal, *, whole: bool = False
 ) -> Accounting:
-    """Account by stored rows (image id, deployment) and dead letters; repeats are counted on the topics."""
-    counts = await count_topics(settings)
-    return account(journal, Counter(image_id for image_id, _ in rows), Counter(letters), counts.repeated)
+    """Account by what the database has of one deployment: results, and dead letters of `predict` and `store`.
+
+    Repeats are counted on the topics. With `whole` the database holds nothing but this run, so that what
+    nobody sent shows too. A redriven dead letter no longer counts: its record was sent again.
+    """
+    stored = await database.accounting(image_ids=None if whole else list(journal.places))
+    results, letters = _seen(settings, stored)
+    counts = await count_topics(settings, settings.deployment)
+    return account(journal, results, letters, counts.repeated_of(journal))
+
+
+def seen_ids(settings: Settings, stored: Stored) -> set[str]:
+    """Return the ids that have a result or a dead letter in the deployment."""
+    results, letters = _seen(settings, stored)
+    return results.keys() | letters.keys()
+
+
+def _seen(settings: Settings, stored: Stored) -> tuple[Counter[str], Counter[str]]:
+    """Count results and open dead letters of the deployment per image id."""
+    groups = {settings.group("predict"), settings.group("store")}
+    results = Counter(row.image_id for row in stored.results if row.deployment == settings.deployment)
+    letters = Counter(
+        row.image_id or f"{row.topic}:{row.partition}:{row.offset}"
+        for row in stored.dead_letters
+        if row.group in groups and not row.redriven
+    )
+    return results, letters
 
 
 def identify(record: events.Record) -> str:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aiokafka import TopicPartition
 from aiokafka import codec as codecs
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import for_code
@@ -52,7 +53,7 @@ async def produce(bootstrap_servers: str, topic: str, partition: int, batch: byt
     await client.bootstrap()
     try:
         await client.set_topics([topic])
-        leader = client.cluster.leader_for_partition((topic, partition))
+        leader = client.cluster.leader_for_partition(TopicPartition(topic, partition))
         request = ProduceRequest(
             transactional_id=None, required_acks=-1, timeout=10_000, topics=[(topic, [(partition, batch)])]
         )

@@ -28,6 +28,11 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def step(self) -> str:
+        """The last argument: a step's name, for those started by `-m agents STEP`."""
+        return self._arguments[-1]
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -79,6 +84,16 @@ class WorkerProcess:
         self._process.terminate()
         return self._process.wait(timeout_seconds), time.monotonic() - started
 
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum a metric's values over all label sets that contain these; 0 when there are none."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        total = 0.0
+        for line in self.get("/metrics")[1].splitlines():
+            series, _, value = line.rpartition(" ")
+            if series.partition("{")[0] == name and all(label in series for label in wanted):
+                total += float(value)
+        return total
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
@@ -98,10 +113,13 @@ class Workers:
         self._workers.append(worker)
         return worker.start()
 
+    @property
+    def running(self) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.exit_code is None]
+
     def close(self) -> None:
-        for worker in self._workers:
-            if worker.exit_code is None:
-                worker.kill()
+        for worker in self.running:
+            worker.kill()
 
     def logs(self) -> str:
         return "\n".join(f"== {worker.log_path.name}\n{worker.log()[-4000:]}" for worker in self._workers)
