@@ -120,6 +120,10 @@ class Pool:
                 await transaction.start()
                 try:
                     yield connection
+                except asyncpg.ReadOnlySQLTransactionError:
+                    # After a failover the old primary may live on as a replica, and its connections with it.
+                    await self._pool.expire_connections()
+                    raise
                 except BaseException:
                     # On a lost connection rolling back fails too, and would hide why.
                     with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):

@@ -503,6 +503,22 @@ async def test_a_serialization_fault_or_full_server_is_a_dependency_error(db: Da
                 await connection.execute(f"DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{state}'; END $$")
 
 
+async def test_a_connection_to_a_replica_is_not_kept(database: str) -> None:
+    """After a failover no connection to a server that only reads is used a second time."""
+    name = database.partition("?")[0].rpartition("/")[2]
+    await services.execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    db = await Database.open(load(database_url=database, database_pool_size=1))
+    await services.execute(
+        database,
+        "SET default_transaction_read_only = off",
+        f"ALTER DATABASE {name} RESET default_transaction_read_only",
+    )
+    with pytest.raises(DependencyError, match="25006"):
+        await db.save([prediction("a")], [])
+    assert await db.save([prediction("a")], []) == Saved(stored=1)
+    await db.close()
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 async def test_a_restarted_server_needs_no_restart_of_ours(own_postgres: EmbeddedPostgres, how: str) -> None:
     """After the server is back, what was acknowledged is there and calls work again."""
