@@ -137,7 +137,7 @@ class Engine:
 
     async def wait_for_room(self) -> None:
         """Return once fewer records wait for the device than it takes to keep it busy."""
-        while self._ahead >= self._room_records:
+        while self._ahead >= self._room_records and not self._stopped:
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._room_waiters.append(waiter)
             await waiter
@@ -227,9 +227,12 @@ class Engine:
             return work, Dropped()
         return work, (work.expired() if work.error is None else Failed(work.error))
 
-    @staticmethod
-    def _claim(work: Work) -> bool:
-        work.is_claimed = work.request.claim()
+    def _claim(self, work: Work) -> bool:
+        try:
+            work.is_claimed = work.request.claim()
+        except Exception as error:  # the caller's bug; an exception here would leave the device idle for ever
+            _log.exception("a record could not be claimed")
+            self._fail(FatalError(f"a record could not be claimed: {type(error).__name__}: {error}"))
         return work.is_claimed
 
     def _dispatch(self) -> None:

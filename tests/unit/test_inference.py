@@ -145,6 +145,20 @@ async def test_stopping_finishes_what_was_submitted() -> None:
     await asyncio.wait_for(bench.engine.wait_for_room(), 5)
 
 
+async def test_a_caller_that_waits_for_room_is_let_go_at_the_end() -> None:
+    """Stopping with a full engine leaves nobody waiting."""
+    gate = Gate()
+    async with running(gate.model) as bench:
+        bench.submit()
+        await gate.is_entered()
+        for _ in range(16):
+            bench.submit()
+        waiting = asyncio.ensure_future(bench.engine.wait_for_room())
+        await bench.engine.stop(drain_seconds=0)
+        await asyncio.wait_for(waiting, 5)
+        gate.opened.set()
+
+
 async def test_stopping_drops_what_does_not_finish_in_time() -> None:
     """At the deadline unclaimed records are dropped, and those on the device have no outcome."""
     gate = Gate()

@@ -17,6 +17,7 @@ from pipeline.errors import (
     ModelError,
     UndecodableImageError,
 )
+from pipeline.events import ImageEvent, Record
 from pipeline.inference import Dropped, Engine, EngineOptions, Expired, Failed, Outcome, Predicted, Request
 from pipeline.models import Output
 from tests.support import models, pictures
@@ -228,3 +229,17 @@ async def test_outcomes_that_cannot_be_delivered_are_fatal() -> None:
     with pytest.raises(FatalError, match="could not be delivered: KeyError"):
         await asyncio.wait_for(bench.engine.fatal, 5)
     await bench.engine.stop(0)
+
+
+async def test_a_claim_that_raises_is_fatal() -> None:
+    """A bug of the caller's ends the engine instead of leaving the device idle for ever."""
+
+    def claim() -> bool:
+        raise RuntimeError("a bug")
+
+    async with running() as bench:
+        record = Record(topic="t", partition=0, offset=0, timestamp_ms=0)
+        event = ImageEvent(id="x", data=GOOD)
+        bench.engine.submit(Request(event, record, "bulk", time.monotonic(), claim, bench))
+        with pytest.raises(FatalError, match="could not be claimed: RuntimeError: a bug"):
+            await asyncio.wait_for(bench.engine.fatal, 5)
