@@ -178,6 +178,9 @@ class Sender:
         if len(event.data) > MAX_INLINE_IMAGE_BYTES:
             if self._objects is None:
                 self._objects = ObjectStore.open(self._settings)
+                if self._settings.kafka_bootstrap_servers and not self._settings.object_store_url:
+                    kept = self._settings.resolved_object_store
+                    say(f"large pictures go to {kept}, which the workers must see: {PREFIX}OBJECT_STORE_URL")
             key = image_key(event.id, event.sha256)
             await self._objects.put(key, event.data)
             event = msgspec.structs.replace(event, data=b"", dataref=key)

@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import OutOfOrderSequenceNumber
 
 from millrace.kafka import EmbeddedKafka
-from pipeline import broker
+from pipeline import broker, readers
 from pipeline.broker import LiveReader, Place, Publisher
 from pipeline.errors import DependencyError, RecordTooLargeError
 from pipeline.events import Outgoing, Record
@@ -221,6 +222,58 @@ async def test_live_reader_ends_when_stopped(settings: Settings) -> None:
     await reader.stop()
     async with asyncio.timeout(5):
         assert await waiting == []
+
+
+async def test_live_reader_sees_only_what_was_committed(settings: Settings) -> None:
+    """Records of an aborted transaction are passed by, those of a committed one are seen."""
+    topic = settings.topic(PLAIN.name)
+    reader = LiveReader(settings, [topic])
+    await reader.start()
+    producer = AIOKafkaProducer(
+        bootstrap_servers=settings.resolved_kafka, transactional_id=settings.topic("test")
+    )
+    await producer.start()
+    for value, commits in ((b"aborted", False), (b"committed", True)):
+        await producer.begin_transaction()
+        await producer.send_and_wait(topic, value, partition=0)
+        await (producer.commit_transaction() if commits else producer.abort_transaction())
+    await producer.stop()
+    assert [record.value for record in await read(reader, 1)] == [b"committed"]
+    await reader.stop()
+
+
+async def test_live_reader_picks_up_new_partitions(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partitions added while a reader runs are read from their beginning."""
+    monkeypatch.setattr(readers, "METADATA_SECONDS", 0.5)
+    topic = settings.topic(PLAIN.name)
+    reader = LiveReader(settings, [topic])
+    await reader.start()
+    await broker.apply_topics(settings, [replace(PLAIN, partitions=6)])
+    producer = AIOKafkaProducer(bootstrap_servers=settings.resolved_kafka)
+    await producer.start()
+    for partition in range(6):
+        await producer.send_and_wait(topic, b"%d" % partition, partition=partition)
+    await producer.stop()
+    assert {record.value for record in await read(reader, 6)} == {b"%d" % number for number in range(6)}
+    await reader.stop()
+
+
+async def test_stopping_ends_in_time_while_the_broker_is_away(own_kafka: EmbeddedKafka) -> None:
+    """A publisher stops within its time although records wait for a broker that is gone; they fail."""
+    settings = load(kafka_bootstrap_servers=own_kafka.bootstrap_servers)
+    await broker.apply_topics(settings, [PLAIN])
+    publisher = Publisher(settings, client_id="test", timeout_seconds=60)
+    await publisher.start()
+    await publisher.publish(PLAIN.name, outgoing(b"1"))
+    await asyncio.to_thread(own_kafka.kill)
+    waiting = asyncio.create_task(publisher.publish(PLAIN.name, outgoing(b"2")))
+    await asyncio.sleep(1.0)
+    async with asyncio.timeout(15):
+        await publisher.stop(timeout_seconds=2.0)
+        with pytest.raises(DependencyError):
+            await waiting
 
 
 async def test_a_broker_killed_while_publishing_loses_nothing(own_kafka: EmbeddedKafka) -> None:
