@@ -297,7 +297,11 @@ class Delivery:
             rejection.add_done_callback(self._rejections.discard)
             return False
         attempt = partition.mark.attempt(offset)
-        written = await self._send({partition.place: (offset, attempt.at_commit(offset))})
+        # First what is finished elsewhere: a suspect whose end is not written down when the next one kills us
+        # would count as one more death with it alone in flight, and be condemned in its stead.
+        written = await self.commit() and await self._send(
+            {partition.place: (offset, attempt.at_commit(offset))}
+        )
         if not written:
             await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
         elif self._inbox.next_suspect() is delivered and not self._handing_over:

@@ -225,6 +225,21 @@ async def test_other_partitions_go_on_beside_suspects() -> None:
     assert set(seen) == {("bulk", 0), ("bulk", 1), ("realtime", 0)}
 
 
+async def test_what_is_finished_is_written_down_before_the_next_attempt() -> None:
+    """A suspect that finished is never blamed for the death of its worker at a suspect of another partition."""
+    bench = Bench()
+    bench.assign(BULK, REALTIME, committed=0, metadata="assigned 0", end=1)
+    for topic in (BULK, REALTIME):
+        bench.deliver(topic, 0)
+    (innocent,) = await bench.take()
+    assert innocent.claim()
+    innocent.finish("predicted")
+    (guilty,) = await bench.take()
+    assert guilty.claim()
+    assert bench.broker.committed[innocent.record.topic, 0] == (1, "")
+    assert bench.broker.committed[guilty.record.topic, 0] == (0, "careful 0 1 1")
+
+
 async def test_a_condemned_record_is_rejected_unopened() -> None:
     """A record that was alone in flight at three deaths is dead-lettered, and the next ones go on."""
     bench = Bench()
