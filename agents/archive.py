@@ -73,7 +73,7 @@ class Archive:
     async def start(self) -> None:
         """Wait for the migrated database, the object store and the broker."""
         self._database = await self._forever(lambda: Database.open(self._settings), "database")
-        await self._forever(self._objects.ping, "object store")
+        await self._forever(self._objects.ping, "object_store")
         await self._publisher.start()
 
     async def stop(self) -> None:
@@ -113,7 +113,7 @@ class Archive:
         kept = await self._save(without_object)
         # Deleted by a person between row and object: nothing points to the object any more.
         orphans = [str(p.row.object_key) for p in kept if p.saved.object_key != p.row.object_key]
-        await self._forever(lambda: self._objects.delete(orphans), "object store")
+        await self._forever(lambda: self._objects.delete(orphans), "object_store")
         for picture in pictures:
             self._finish(picture)
 
@@ -146,7 +146,7 @@ class Archive:
     async def _put(self, picture: Picture) -> None:
         assert picture.row.sha256 is not None
         key = image_key(picture.row.image_id, picture.row.sha256)
-        await self._forever(lambda: self._objects.put(key, picture.event.data), "object store")
+        await self._forever(lambda: self._objects.put(key, picture.event.data), "object_store")
         picture.row = msgspec.structs.replace(picture.row, object_key=key)
 
     def _finish(self, picture: Picture) -> None:

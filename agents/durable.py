@@ -90,7 +90,7 @@ async def publish_dead_letter(
         key = None
         if objects is not None and record.value:
             value, key = record.value, dead_letter_key(*letter.place)
-            await forever(lambda: objects.put(key, value), step=step, dependency="object store")
+            await forever(lambda: objects.put(key, value), step=step, dependency="object_store")
         bare = msgspec.structs.replace(
             letter,
             value_ref=key,

@@ -51,7 +51,7 @@ BATCH_SIZE = Histogram("millrace_batch_size", "Pictures in one forward pass.", b
 BATCHES = Counter("millrace_batches", "Forward passes, by why the batch was cut.", ["cut"])
 
 # Delivery
-LEDGER_RECORDS = Gauge("millrace_ledger_records", "Records open or waiting for elder ones.", ["step", "lane"])
+LEDGER_RECORDS = Gauge("millrace_ledger_records", "Records fetched and not finished.", ["step", "lane"])
 LEDGER_BYTES = Gauge("millrace_ledger_bytes", "Bytes of open records.", ["step", "lane"])
 LANE_PAUSED = Gauge(
     "millrace_lane_paused", "1 while a lane's partitions are paused for back-pressure.", ["step", "lane"]
