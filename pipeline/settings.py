@@ -195,6 +195,10 @@ class Settings(BaseSettings):
     def _is_postgresql(cls, url: str | None) -> str | None:
         if url is not None and urlsplit(url).scheme not in {"postgresql", "postgres"}:
             raise ValueError("must start with postgresql://")
+        for host in urlsplit(url or "").netloc.rpartition("@")[2].split(","):
+            port = host.rpartition("]")[2].partition(":")[2]  # an IPv6 address has colons of its own
+            if port and not (port.isdigit() and 0 < int(port) < 65536):
+                raise ValueError(f"{port!r} is not a port")
         return url
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ def test_nothing_need_be_set() -> None:
         ("TOPIC_REPLICATION_FACTOR", "0"),
         ("TOPIC_PARTITIONS", "-1"),
         ("DATABASE_URL", "mysql://localhost/millrace"),
+        ("DATABASE_URL", "postgresql://localhost:port/millrace"),
         ("DATABASE_POOL_SIZE", "none"),
         ("KAFKA_PORT", "65536"),
         ("KAFKA_CONTROLLER_PORT", "x"),
