@@ -22,7 +22,7 @@ from millrace.supervisor import Event, Exited, Restarting, supervise
 from pipeline import broker, deadletters, events
 from pipeline.connections import backoff_seconds
 from pipeline.database import Database, migrate
-from pipeline.errors import ConfigurationError, ContractError, DependencyError
+from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError, ContractError, DependencyError
 from pipeline.settings import PREFIX, Settings
 from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, PREDICTIONS
 
@@ -254,7 +254,8 @@ class _Stack:
         )
 
     def _tell(self, event: Event) -> None:
-        if isinstance(event, Exited) and not event.expected:
+        # A wrong setting ends everything, and its line is the last one printed.
+        if isinstance(event, Exited) and not event.expected and event.code != EXIT_CONFIGURATION:
             log = next(part.spec.log_path for part in self._parts if part.spec.name == event.name)
             say(f"{event.name} ended with code {event.code} after {event.ran_seconds:.0f} s; {log} ends:")
             say(processes.tail(log, lines=3))
