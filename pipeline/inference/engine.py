@@ -284,8 +284,13 @@ class Engine:
             )
         else:
             self._batcher.fitted(len(report.batch.works))
-        self._dispatch()  # first: the device is idle, publication can wait
-        self._deliver(report.outcomes)
+        # A caller that sees failures may claim nothing more; else the device goes first, publication can wait.
+        has_failed = any(isinstance(outcome, Failed) for _, outcome in report.outcomes)
+        if has_failed:
+            self._deliver(report.outcomes)
+        self._dispatch()
+        if not has_failed:
+            self._deliver(report.outcomes)
         self._open_room()
 
     def _deliver(self, outcomes: Sequence[tuple[Work, Outcome]]) -> None:

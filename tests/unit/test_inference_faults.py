@@ -142,6 +142,26 @@ async def test_a_model_that_fails_on_everything_fails_each_record() -> None:
     }
 
 
+async def test_failures_are_told_before_more_is_claimed() -> None:
+    """The caller sees a batch's failures before the next batch is claimed, and may stop there."""
+    async with running(models.failing(CPU)) as bench:
+        claimed: list[int] = []
+        deliver = bench.engine._deliver_outcomes
+
+        def note(outcomes: Sequence[tuple[Request, Outcome]]) -> None:
+            claimed.append(len(bench.claims))
+            deliver(outcomes)
+
+        bench.engine._deliver_outcomes = note
+        for _ in range(24):
+            bench.submit()
+        await bench.finished()
+    told = 0
+    for before, call in zip(claimed, bench.calls, strict=True):
+        told += len(call)
+        assert before == told
+
+
 async def test_out_of_memory_makes_smaller_batches() -> None:
     """A batch that does not fit is halved until it does, and the next ones are cut smaller."""
     gate = Gate()
