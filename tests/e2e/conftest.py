@@ -1,5 +1,6 @@
 """The spine for end-to-end tests: an installation of the test's own, or one that a module's tests share."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -61,9 +62,9 @@ async def shared_spine(
     """Connect to the module's installation, with a journal of the test's own; stop what the test started."""
     async with shared_installation.connect() as connected:
         yield connected
-        own = set(STEPS) - set(request.module.STEPS)
+        own = connected.running(*(set(STEPS) - set(request.module.STEPS)))
         # In good order: a member that vanishes would keep the next test waiting for the session timeout.
-        await connected.stop(*connected.running(*own))
+        await asyncio.gather(*(asyncio.to_thread(worker.terminate) for worker in own))
 
 
 @pytest.hookimpl(wrapper=True)

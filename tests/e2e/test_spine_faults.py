@@ -1,0 +1,75 @@
+"""Processes of the spine killed, stopped and joined mid-batch, with the real engine and the built-in models.
+
+All tests share one `store` and one `archive`; each starts the `predict` workers it needs.
+"""
+
+import hashlib
+
+import pytest
+
+from pipeline.objects import ObjectStore
+from tests.support.spine import Spine, under_load
+
+STEPS = ("store", "archive")
+ENVIRONMENT = {"MILLRACE_MAX_BATCH_SIZE": "8"}
+
+pytestmark = pytest.mark.timeout(240)
+
+
+async def work(spine: Spine, prefix: str, count: int = 120) -> None:
+    """Publish a backlog and return when the workers are in the middle of it."""
+    before = len(spine.journal)
+    await spine.send_many(prefix, count)
+    await spine.wait_stored(before + count // 6)
+
+
+async def test_sigkill_of_predict(shared_spine: Spine) -> None:
+    """SIGKILL of three `predict` workers mid-batch, with others going on, loses nothing and shows nothing twice."""
+    replicas = await shared_spine.start("predict", "predict", "predict")
+    for number, victim in enumerate(list(replicas)):
+        await work(shared_spine, f"kill-{number}")
+        victim.kill()
+        if number == 0:
+            replicas += await shared_spine.start("predict")
+    # What a kill repeats: the batches in flight, and what was finished since the last commit.
+    accounting = await shared_spine.settled(max_repeated=3 * 60)
+    assert accounting.sent == 360
+
+
+async def test_sigterm_and_join_of_predict(shared_spine: Spine) -> None:
+    """A `predict` worker that joins, and one that gets SIGTERM mid-batch, repeat nothing."""
+    (first,) = await shared_spine.start("predict")
+    async with under_load(shared_spine, "join", rate_per_second=25):
+        await work(shared_spine, "join-backlog")
+        (second,) = await shared_spine.start("predict")
+        await work(shared_spine, "leave-backlog")
+        await shared_spine.stop(first)
+        await work(shared_spine, "after-backlog")
+    assert second.exit_code is None
+    accounting = await shared_spine.settled(max_repeated=0)
+    assert accounting.sent >= 360
+
+
+async def test_sigkill_of_store_and_archive(shared_spine: Spine) -> None:
+    """SIGKILL of `store` and `archive` mid-batch loses no result and no picture, and shows nothing twice."""
+    await shared_spine.start("predict")
+    async with under_load(shared_spine, "write", rate_per_second=25):
+        for number, step in enumerate(("store", "archive", "store")):
+            await work(shared_spine, f"write-{number}", 60)
+            (victim,) = shared_spine.running(step)
+            victim.kill()
+            await shared_spine.start(step)
+    await shared_spine.settled(max_repeated=0)
+    await check_pictures(shared_spine)
+
+
+async def check_pictures(spine: Spine) -> None:
+    """Check that each picture that was sent is in the object store, whole, and its row says so."""
+    objects = ObjectStore.open(spine.settings)
+    for image_id in spine.journal.places:
+        row = await spine.database.image(image_id)
+        assert row is not None
+        assert row.object_key is not None
+        data = await objects.get(row.object_key, 1024 * 1024)
+        assert hashlib.sha256(data).hexdigest() == row.sha256
+    objects.close()
