@@ -36,7 +36,7 @@ bench: $(READY) ## Measure the whole spine next to a bare loop, as a table and a
 	@$(BIN)/millrace bench $(ARGS)
 
 soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
-	@MILLRACE_SOAK=1 $(BIN)/python -m pytest tests/e2e -k soak $(ARGS)
+	@$(BIN)/millrace soak $(ARGS)
 
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json
@@ -49,13 +49,13 @@ requirements: $(READY) ## Pin what pyproject.toml asks for; UPGRADE=--upgrade fo
 	$(COMPILE) --constraint requirements/all.txt --extra steps --extra database --output-file requirements/store.txt
 
 clean: ## Delete the environment and caches; data stays in .millrace
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find $(PACKAGES) -name __pycache__ -prune -exec rm -rf {} +
 
 # venv and pip come with Python, uv through pip, all else through uv: it links a 5 GB torch where pip copies it.
 $(READY): requirements/uv.txt requirements/all.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Millrace needs Python 3.11 or newer; make PYTHON=... names one")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements/all.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
