@@ -21,8 +21,8 @@ _PREDICTION = PredictionView(
     ),
     models=(
         ModelResult(
-            model="builtin:quality", version="1", digest="builtin", task="classify", label="sharp",
-            score=0.93, scores={"sharp": 0.93, "blurred": 0.05, "dark": 0.02},
+            model="builtin:quality", version="1", digest=_SHA256, task="classify", label="keep",
+            score=0.91, scores={"sharpness": 0.88, "exposure": 0.47, "contrast": 0.21, "noise": 0.002},
         ),
     ),
 )  # fmt: skip
