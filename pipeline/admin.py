@@ -142,9 +142,11 @@ async def lag(settings: Settings, groups: Sequence[str] | None = None) -> list[P
         wanted: dict[str, set[TopicPartition]] = {}
         for group in names:
             committed[group] = await _committed(admin, group)
-            wanted[group] = {place for place in committed[group] if place.topic in existing}
-            for topic in _topics_of(settings, group):
-                wanted[group] |= {TopicPartition(topic, number) for number in range(existing.get(topic, 0))}
+            # All partitions of a topic: one that was just added has no commit yet, and may have a backlog.
+            read = {place.topic for place in committed[group]} | set(_topics_of(settings, group))
+            wanted[group] = {
+                TopicPartition(topic, number) for topic in read for number in range(existing.get(topic, 0))
+            }
         starts, ends = await _bounds(settings, set().union(*wanted.values()))
     return [
         _lag(group, place, committed[group].get(place), starts[place], ends[place])

@@ -5,6 +5,7 @@ Each test ends in an accounting; the copy step's batches last 50 ms and overlap 
 
 import asyncio
 import random
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -66,6 +67,10 @@ async def load(made: Settings) -> AsyncIterator[Driver]:
 
 def small_event(number: int) -> events.ImageEvent:
     return events.ImageEvent(id=f"id-{number}", data=b"x" * 400)
+
+
+def late_event(number: int) -> events.ImageEvent:
+    return events.ImageEvent(id=f"late-{number}", data=b"x" * 400)
 
 
 async def finished(
@@ -256,6 +261,43 @@ async def test_transaction_markers_and_gaps(made: Settings, crew: Workers, kafka
         return sum(row.lag for row in await admin.lag(made, [made.group("copy")])) == 0
 
     await eventually(caught_up, 60)
+    accounting = await faults.account_topics(made, journal)
+    print(accounting.line())
+    assert accounting.is_clean
+
+
+async def test_a_frozen_worker_that_wakes_up(made: Settings, crew: Workers, load: Driver) -> None:
+    """A worker stopped for longer than its session, then continued, commits nothing over its successor."""
+    zombie, other = crew.start(*COPY), crew.start(*COPY)
+    await asyncio.gather(ready(zombie), ready(other))
+    await asyncio.sleep(1)
+    zombie.send(signal.SIGSTOP)
+    await asyncio.sleep(2 * SESSION_SECONDS)
+    zombie.send(signal.SIGCONT)
+    await asyncio.sleep(2)
+    other.kill()
+    await asyncio.sleep(SESSION_SECONDS)
+    accounting = await finished(made, load)
+    assert accounting.is_clean
+
+
+async def test_partitions_added_under_load(made: Settings, crew: Workers, load: Driver) -> None:
+    """Records on partitions that are added while workers run are read from their beginning."""
+    await ready(crew.start(*COPY))
+    more = made.model_copy(update={"topic_partitions": 2 * PARTITIONS})
+    await admin.apply_topics(more)
+    # A new producer sees the new partitions at once, the running worker within half a minute.
+    async with Driver(made, late_event, rate_per_second=50) as late:
+        await asyncio.sleep(2)
+    journal = await load.stop()
+    journal.places |= late.journal.places
+    assert max(place[1] for places in journal.places.values() for place in places) >= PARTITIONS
+
+    async def caught_up() -> bool:
+        rows = await admin.lag(made, [made.group("copy")])
+        return sum(row.lag for row in rows) == 0
+
+    await eventually(caught_up, 90)
     accounting = await faults.account_topics(made, journal)
     print(accounting.line())
     assert accounting.is_clean
