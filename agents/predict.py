@@ -41,6 +41,7 @@ class Predict:
         self._limiter = FaultLimiter(
             max_faults=settings.max_model_faults, probe_seconds=settings.fault_probe_seconds
         )
+        self._engine: Engine | None = None
         self._probe: Delivered | None = None
         self._publishing: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[None] | None = None
@@ -65,7 +66,8 @@ class Predict:
 
     async def stop(self) -> None:
         """Stop the engine; what is on the device gets no outcome and is delivered again."""
-        await self._engine.stop(ENGINE_STOP_SECONDS)
+        if self._engine is not None:  # else the signal came while the models were loading
+            await self._engine.stop(ENGINE_STOP_SECONDS)
         if self._publishing:
             await asyncio.wait(self._publishing, timeout=ENGINE_STOP_SECONDS)
         await self._publisher.stop()
@@ -76,9 +78,10 @@ class Predict:
 
     async def run(self, delivery: Delivery) -> None:
         """Submit records while the engine has room."""
+        assert self._engine is not None
         assert self._broken is not None
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._pump(delivery))
+            group.create_task(self._pump(delivery, self._engine))
             group.create_task(_watch(self._engine.fatal))
             group.create_task(_watch(self._broken))
 
@@ -86,15 +89,15 @@ class Predict:
         """Dead-letter a record unopened."""
         await self._dead_letter(delivered, error)
 
-    async def _pump(self, delivery: Delivery) -> None:
+    async def _pump(self, delivery: Delivery, engine: Engine) -> None:
         while True:
-            await self._engine.wait_for_room()
+            await engine.wait_for_room()
             while not self._limiter.may_try(time.monotonic()):  # noqa: ASYNC110 (the clock decides)
                 await asyncio.sleep(min(1.0, self._settings.fault_probe_seconds / 10))
             for delivered in await delivery.take(1, self._settings.max_open_bytes):
-                self._submit(delivered)
+                self._submit(delivered, engine)
 
-    def _submit(self, delivered: Delivered) -> None:
+    def _submit(self, delivered: Delivered, engine: Engine) -> None:
         record = delivered.record
         if events.only_group(record) not in (None, self._group):
             if delivered.claim():
@@ -108,7 +111,7 @@ class Predict:
             return
         if self._limiter.is_open:
             self._probe = delivered
-        self._engine.submit(
+        engine.submit(
             Request(
                 event=event,
                 record=record,
