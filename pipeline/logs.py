@@ -18,6 +18,9 @@ _QUIET = {
     "aiokafka": "WARNING",
     "asyncio": "WARNING",
     "httpx": "WARNING",
+    # Faust's services log their comings and goings in the name of the module that subclasses them.
+    "agents.consumer": "WARNING",
+    "agents.kafka_thread": "WARNING",
 }
 
 
