@@ -43,6 +43,8 @@ STEPS = {
 # Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.
 LOST_MEMBERSHIP_SECONDS = 180.0
 MONITOR_SECONDS = 15.0
+# At least so long between two looks: a topic with transactions has a gap in every fetch.
+MONITOR_PAUSE_SECONDS = 1.0
 # A fetched record reaches the agent within milliseconds; one that does not was dropped on the way by a library.
 LOST_RECORD_SECONDS = 60.0
 # Of the grace period after SIGTERM: for started work; the rest is for leaving the group and closing clients.
@@ -235,7 +237,8 @@ class Worker:
             except DependencyError:
                 self._lost_since = None  # the broker does not answer: not our fault
             metrics.READY.labels(self._step.name).set(self._unready() is None)
-            await asyncio.sleep(MONITOR_SECONDS)
+            await asyncio.sleep(MONITOR_PAUSE_SECONDS)
+            await self._delivery.wait_for_gap(MONITOR_SECONDS - MONITOR_PAUSE_SECONDS)
 
     def _dead(self) -> str | None:
         if self._lost_since is not None and time.monotonic() - self._lost_since > LOST_MEMBERSHIP_SECONDS:

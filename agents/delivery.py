@@ -64,6 +64,7 @@ class Delivery:
         self._stopped = False
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
+        self._gap = asyncio.Event()
         self._commit_lock = asyncio.Lock()
         self._rejections: set[asyncio.Future[None]] = set()
         self.joined = False
@@ -91,6 +92,7 @@ class Delivery:
     def assigned(self, starts: Mapping[TopicPartition, Start], generation: int) -> None:
         """Take ownership of partitions, each with a new ledger."""
         for (topic, number), start in starts.items():
+            first = start.beginning if start.committed is None else max(start.committed, start.beginning)
             partition = Partition(
                 topic,
                 number,
@@ -98,10 +100,11 @@ class Delivery:
                 lane=self._lanes[topics.lane_of(topic)],
                 mark=Mark.read(start.metadata, start.committed, start.end),
                 committed=start.committed,
-                beginning=-1,
+                first=first,
             )
             self._partitions[topic, number] = partition
-            self._note_expired(partition, start)
+            if start.committed is not None and start.committed < first:
+                self._note_expired(partition, start.committed, first - start.committed)
         self.joined = True
         metrics.REBALANCES.labels(self._step, "assigned").inc()
         metrics.ASSIGNED_PARTITIONS.labels(self._step).set(len(self._partitions))
@@ -131,6 +134,11 @@ class Delivery:
         partition = self._partitions.get(place)
         if partition is None or partition.generation != generation or partition.closing:
             return []
+        expected = max(partition.first, partition.ledger.next_offset)
+        found = records[0].offset if records else position
+        if found is not None and found > expected:
+            partition.gaps.append((expected, found))
+            self._gap.set()
         new, size_bytes = [], 0
         for record in records:
             delivered = Delivered(partition, record, self._finish, self._put_back)
@@ -249,17 +257,32 @@ class Delivery:
         firsts = [next(iter(p.pending.values())) for p in self._partitions.values() if p.pending]
         return time.monotonic() - min((d.received_at for d in firsts), default=time.monotonic())
 
+    async def wait_for_gap(self, timeout_seconds: float) -> None:
+        """Return when fetching passed over offsets that `observe_ends` should explain, or after the timeout."""
+        try:
+            await asyncio.wait_for(self._gap.wait(), timeout_seconds)
+        except TimeoutError:
+            return
+
     def observe_ends(self, starts: Mapping[TopicPartition, Start]) -> None:
-        """Compare progress with where the partitions begin and end now: lag, and what retention took."""
+        """Compare progress with where the partitions begin and end now: lag, and what retention took.
+
+        Fetching also passes over offsets that hold no record (transaction markers, compaction): of a gap only
+        what lies below the partition's beginning was deleted unread.
+        """
+        self._gap.clear()
         lag: dict[str, int] = {}
         for place, start in starts.items():
             partition = self._partitions.get(place)
             if partition is None:
                 continue
-            self._note_expired(partition, start)
+            for passed, found in partition.gaps:
+                if passed < start.beginning:
+                    self._note_expired(partition, passed, min(found, start.beginning) - passed)
+            partition.gaps.clear()
             done = partition.ledger.committable
             if done is None:
-                done = start.beginning if partition.committed is None else partition.committed
+                done = partition.first
             behind = max(0, start.end - max(done, start.beginning))
             lag[partition.topic] = lag.get(partition.topic, 0) + behind
         for topic, records in lag.items():
@@ -340,15 +363,10 @@ class Delivery:
         metrics.COMMITS.labels(self._step, result).inc()
         return result == "ok"
 
-    def _note_expired(self, partition: Partition, start: Start) -> None:
-        """Count records below the partition's beginning that this group had not read, each once."""
-        read = max(partition.ledger.next_offset, partition.committed or 0, partition.beginning)
-        if (partition.committed is not None or partition.beginning >= 0) and read < start.beginning:
-            lost = start.beginning - read
-            metrics.OFFSETS_EXPIRED.labels(self._step, partition.topic).inc(lost)
-            place = {"topic": partition.topic, "partition": partition.number, "offset": read}
-            log.error("retention deleted records this group had not read", **place, records=lost)
-        partition.beginning = max(partition.beginning, start.beginning)
+    def _note_expired(self, partition: Partition, offset: int, records: int) -> None:
+        metrics.OFFSETS_EXPIRED.labels(self._step, partition.topic).inc(records)
+        place = {"topic": partition.topic, "partition": partition.number, "offset": offset}
+        log.error("retention deleted records this group had not read", **place, records=records)
 
     def _observe(self) -> None:
         now = time.monotonic()

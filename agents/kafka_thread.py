@@ -114,7 +114,7 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         """Go back where a position moved on without a fetch of ours, so that nothing is skipped.
 
         It may only happen when retention deleted what we were to read next; then going back changes nothing
-        and the new position is taken (the loss is counted by `Delivery.observe_ends`).
+        and the new position is taken (`Delivery.fetched` notes the gap, `observe_ends` counts it).
         """
         for partition, position in _positions(kafka).items():
             held = self._held.get(partition)

@@ -69,7 +69,7 @@ class Partition:
     lane: LaneBudget
     mark: Mark
     committed: int | None
-    beginning: int  # the highest one seen
+    first: int  # where reading began
     ledger: PartitionLedger = field(default_factory=PartitionLedger)
     pending: dict[int, "Delivered"] = field(default_factory=dict)  # fetched, not through the agent yet
     taken: set["Delivered"] = field(default_factory=set)
@@ -79,6 +79,9 @@ class Partition:
     marked: bool = False  # the committed metadata says that this ownership may end badly
     attempting: bool = False  # the mark's last attempt has neither finished nor killed us
     uncommitted_since: float | None = None
+    gaps: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # offsets that fetching passed over, unexplained
     closing: bool = False  # a hand-over has begun: nothing new enters
     live: bool = True
 

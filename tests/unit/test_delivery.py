@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 import pytest
+from prometheus_client import REGISTRY
 
 from agents.delivery import CommitResult, Delivered, Delivery, Start, TopicPartition
 from pipeline.errors import DependencyError, MillraceError
@@ -296,3 +297,41 @@ async def test_put_back_keeps_the_record() -> None:
     assert not first.claim()
     assert (await bench.take())[0] is first
     assert first.claim()
+
+
+async def test_what_retention_took_is_counted_once() -> None:
+    """Offsets passed over below the partition's beginning are counted; markers and compacted ones are not."""
+    bench = Bench()
+
+    def expired() -> float:
+        return (
+            REGISTRY.get_sample_value("millrace_offsets_expired_total", {"step": "test", "topic": BULK})
+            or 0.0
+        )
+
+    before = expired()
+    bench.delivery.assigned({(BULK, 0): Start(10, "", 15, 100)}, GENERATION)
+    assert expired() == before + 5  # deleted while nobody read
+    bench.deliver(BULK, 15, 16, 19)  # 17 and 18 are markers
+    bench.deliver(BULK, 21)  # and 20 is one
+    bench.delivery.observe_ends({(BULK, 0): Start(10, "", 15, 100)})
+    assert expired() == before + 5
+    bench.deliver(BULK, 40)
+    bench.delivery.observe_ends({(BULK, 0): Start(10, "", 35, 100)})
+    assert expired() == before + 5 + 35 - 22  # 22 to 34 are gone, 35 to 39 were something else
+    bench.delivery.observe_ends({(BULK, 0): Start(10, "", 50, 100)})
+    assert expired() == before + 5 + 35 - 22
+
+
+async def test_a_gap_is_looked_at_soon() -> None:
+    """A gap wakes whoever asks Kafka where partitions begin, and a look ends the waiting."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0)
+    waiting = asyncio.ensure_future(bench.delivery.wait_for_gap(20.0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    bench.deliver(BULK, 5)
+    await asyncio.wait_for(waiting, 1)
+    bench.delivery.observe_ends({})
+    await bench.delivery.wait_for_gap(0.0)
