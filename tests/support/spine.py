@@ -4,7 +4,7 @@ Every test ends in `settled`: all that was sent is in the database exactly once,
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.broker import Place, Publisher
 from pipeline.database import Database
 from pipeline.results import Accounting as Stored
 from pipeline.settings import PREFIX, Settings, load
-from pipeline.topics import LANES, Lane
+from pipeline.topics import LANES, TOPICS, Lane, Topic
 from tests.support import pictures, services
 from tests.support.eventually import eventually
 from tests.support.workers import WorkerProcess, Workers, workers
@@ -180,11 +180,13 @@ class Installation:
 
 
 @contextmanager
-def installation(environment: dict[str, str], folder: Path) -> Iterator[Installation]:
-    """Make an installation's topics; no process that is started in it outlives the block."""
+def installation(
+    environment: dict[str, str], folder: Path, topics: Sequence[Topic] = TOPICS
+) -> Iterator[Installation]:
+    """Make an installation's topics, all or some; no process that is started in it outlives the block."""
     given = {name.removeprefix(PREFIX).lower(): value for name, value in environment.items()}
     settings = load(**given)
-    services.run_apart(admin.apply_topics(settings))
+    services.run_apart(admin.apply_topics(settings, topics))
     with workers(environment, folder) as crew:
         yield Installation(settings, environment, crew)
 

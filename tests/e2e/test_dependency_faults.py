@@ -1,0 +1,113 @@
+"""Kafka and PostgreSQL killed under load: everything waits and goes on by itself, and lag tells the truth.
+
+The module has services of its own to kill; its workers are never restarted by hand, but where the test says so.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from millrace.kafka import EmbeddedKafka
+from millrace.postgres import EmbeddedPostgres
+from pipeline.database import migrate
+from tests.support import services
+from tests.support.spine import STEPS as ALL_STEPS
+from tests.support.spine import Installation, Spine, environment, installation, under_load
+
+pytestmark = pytest.mark.timeout(240)
+
+Killable = tuple[EmbeddedKafka, EmbeddedPostgres, Installation]
+
+
+@pytest.fixture(scope="module")
+def killable(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Killable]:
+    """Yield a broker and a database of the module's own, and an installation on them."""
+    folder = tmp_path_factory.mktemp("killable")
+    kafka, postgres = services.embedded_kafka(folder), services.embedded_postgres(folder)
+    kafka.start()
+    postgres.start()
+    try:
+        services.run_apart(migrate(postgres.dsn))
+        settings = environment(
+            kafka.bootstrap_servers, postgres.dsn, folder / "objects", "", MILLRACE_SHUTDOWN_GRACE_SECONDS="6"
+        )
+        with installation(settings, folder) as made:
+            yield kafka, postgres, made
+    finally:
+        kafka.stop()
+        postgres.stop()
+
+
+@pytest.fixture
+async def spine(killable: Killable) -> AsyncIterator[Spine]:
+    """Connect to the installation, with every step running."""
+    kafka, postgres, made = killable
+    for service in (kafka, postgres):
+        await asyncio.to_thread(service.start)  # where a test failed before it did
+    async with made.connect() as connected:
+        await connected.start(*(step for step in ALL_STEPS if not connected.running(step)))
+        yield connected
+
+
+async def check_unharmed(spine: Spine) -> None:
+    """Check that every process is the one it was before, alive and ready."""
+    for step in ALL_STEPS:
+        (worker,) = spine.running(step)
+        assert worker.get("/livez")[0] == 200
+        assert worker.get("/readyz")[0] == 200
+
+
+async def test_kafka_is_killed(spine: Spine, killable: Killable) -> None:
+    """Kafka killed under load and started again: every step goes on by itself, and nothing is lost."""
+    kafka, _, _ = killable
+    workers = {worker.pid for worker in spine.crew.running}
+    async with under_load(spine, "kafka", rate_per_second=40):
+        await spine.wait_stored(20)
+        await asyncio.to_thread(kafka.kill)
+        await asyncio.sleep(4)  # longer than the session timeout
+        await asyncio.to_thread(kafka.start)
+        await spine.wait_stored(60)
+    # What a broker's death repeats: what was finished and not committed before it.
+    await spine.settled(max_repeated=60)
+    assert {worker.pid for worker in spine.crew.running} == workers
+    await check_unharmed(spine)
+
+
+async def test_postgres_is_killed(spine: Spine, killable: Killable) -> None:
+    """PostgreSQL killed under load and started again: who writes to it waits and goes on, `predict` never stops."""
+    _, postgres, _ = killable
+    workers = {worker.pid for worker in spine.crew.running}
+    async with under_load(spine, "postgres", rate_per_second=40):
+        await spine.wait_stored(20)
+        await asyncio.to_thread(postgres.kill)
+        await asyncio.sleep(2)
+    await spine.wait_caught_up("predict")
+    for step in ("store", "archive"):
+        assert await spine.lag(step) > 0
+    for worker in spine.running(*ALL_STEPS):
+        assert worker.get("/livez")[0] == 200
+    await asyncio.to_thread(postgres.start)
+    await spine.settled(max_repeated=0)
+    assert {worker.pid for worker in spine.crew.running} == workers
+    await check_unharmed(spine)
+
+
+async def test_sigterm_while_kafka_is_away(spine: Spine, killable: Killable) -> None:
+    """SIGTERM while the broker is away ends every step within its grace period; afterwards nothing is lost."""
+    kafka, _, _ = killable
+    async with under_load(spine, "away", rate_per_second=40):
+        await spine.wait_stored(20)
+    await asyncio.to_thread(kafka.kill)
+    await asyncio.sleep(0.5)
+    ending = spine.running(*ALL_STEPS)
+    ended = await asyncio.gather(*(asyncio.to_thread(worker.terminate) for worker in ending))
+    for worker, (code, seconds) in zip(ending, ended, strict=True):
+        print(f"{worker.step}: exit code {code} after {seconds:.1f} s")
+        assert seconds < spine.settings.shutdown_grace_seconds
+        assert code in {0, 70}
+    await asyncio.to_thread(kafka.start)
+    await spine.start(*ALL_STEPS)
+    await spine.settled(max_repeated=60)
