@@ -1,0 +1,163 @@
+"""`millrace bench` and `millrace soak`: a stack of their own on free ports, measured by `loadtest`.
+
+Data lives in a temporary folder that is deleted; a stack that runs elsewhere on the machine is not touched.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadtest import bench, report, results, soak
+from millrace import ports, processes
+from millrace.local import local_services
+from millrace.output import EXIT_FAILED, emit, say, show_table
+from pipeline import broker
+from pipeline.database import migrate
+from pipeline.errors import ConfigurationError, DependencyError
+from pipeline.settings import PREFIX, Settings
+
+KEPT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+_READY_SECONDS = 120.0
+_NO_DATABASE = "postgresql://127.0.0.1:1/none"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What runs: its settings, and the address of each process's HTTP site."""
+
+    settings: Settings
+    urls: dict[str, str]
+
+
+def run_bench(settings: Settings, plan: results.Plan, *, as_json: bool, write: bool) -> int:
+    """Measure the spine with one `predict` worker; return the exit code."""
+    load_before = os.getloadavg()[0]
+    _check_folder(write)
+    with running(settings, ("predict",)) as stack:
+        measuring = bench.Bench(stack.settings, plan, worker_url=stack.urls["predict"], say=say)
+        result = asyncio.run(measuring.run(load_before))
+    _give(result, results.rows(result), as_json, KEPT / "spine.json" if write else None)
+    return EXIT_FAILED if result.online.lost else 0
+
+
+def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:
+    """Load everything for minutes; return the exit code."""
+    load_before = os.getloadavg()[0]
+    _check_folder(write)
+    with running(settings, ("gateway", "predict", "store", "archive")) as stack:
+        soaking = soak.Soak(stack.settings, plan, stack.urls, say=say)
+        result = asyncio.run(soaking.run(load_before))
+    _give(result, soak.rows(result), as_json, KEPT / "soak.json" if write else None)
+    return EXIT_FAILED if result.faults else 0
+
+
+@contextmanager
+def running(settings: Settings, parts: Sequence[str]) -> Iterator[Stack]:
+    """Run Kafka, PostgreSQL for the parts that need it, and one process of each part."""
+    has_database = set(parts) != {"predict"}
+    with tempfile.TemporaryDirectory(prefix="millrace-") as name:
+        folder = Path(name)
+        own = settings.model_copy(
+            update={
+                "data_dir": folder,
+                "kafka_bootstrap_servers": None,
+                "kafka_port": ports.find_free(),
+                "kafka_controller_port": ports.find_free(),
+                "postgres_port": ports.find_free(),
+                "database_url": None if has_database else _NO_DATABASE,
+                "object_store_url": str(folder / "objects"),
+            }
+        )
+        say("starting Kafka" + (" and PostgreSQL" if has_database else ""))
+        with local_services(own) as services:
+            own = own.model_copy(update={"kafka_bootstrap_servers": own.resolved_kafka})
+            if services.postgres is not None:
+                own = own.model_copy(update={"database_url": services.postgres.dsn})
+            asyncio.run(_prepare(own, has_database))
+            with _processes(own, parts, folder) as urls:
+                yield Stack(own, urls)
+
+
+async def _prepare(settings: Settings, has_database: bool) -> None:
+    await broker.apply_topics(settings)
+    if has_database:
+        await migrate(settings.resolved_database)
+
+
+@contextmanager
+def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
+    """Start the parts, wait until they are ready, and drain them at the end."""
+    environment = {
+        **os.environ,
+        f"{PREFIX}KAFKA_BOOTSTRAP_SERVERS": settings.resolved_kafka,
+        f"{PREFIX}DATABASE_URL": settings.resolved_database,
+        f"{PREFIX}OBJECT_STORE_URL": settings.resolved_object_store,
+        f"{PREFIX}DATA_DIR": str(folder),
+        f"{PREFIX}WORKER_HOST": "127.0.0.1",
+        f"{PREFIX}GATEWAY_HOST": "127.0.0.1",
+    }
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    urls = {}
+    say(f"starting {', '.join(parts)}")
+    try:
+        for part in parts:
+            port = ports.find_free()
+            urls[part] = f"http://127.0.0.1:{port}"
+            is_gateway = part == "gateway"
+            started[part] = processes.spawn(
+                [sys.executable, "-m", *(["gateway"] if is_gateway else ["agents", part])],
+                log_path=folder / f"{part}.log",
+                env=environment | {f"{PREFIX}{'GATEWAY' if is_gateway else 'WORKER'}_PORT": str(port)},
+            )
+        for part, process in started.items():
+            if (
+                not processes.wait_until(_is_up(process, urls[part]), _READY_SECONDS)
+                or process.poll() is not None
+            ):
+                raise DependencyError(f"{part} is not ready:\n{processes.tail(folder / f'{part}.log')}")
+        yield urls
+    finally:
+        for process in started.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in started.values():
+            processes.stop(process, signal.SIGTERM, settings.shutdown_grace_seconds + 5.0)
+
+
+def _is_up(process: subprocess.Popen[bytes], url: str) -> Callable[[], bool]:
+    """Make a check that holds when a process is ready, and when it has ended."""
+
+    def check() -> bool:
+        if process.poll() is not None:
+            return True
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    return check
+
+
+def _check_folder(write: bool) -> None:
+    if write and not KEPT.parent.is_dir():
+        raise ConfigurationError("--write keeps results in docs/benchmarks of a checkout, and this is none")
+
+
+def _give(result: Any, rows: list[tuple[str, str]], as_json: bool, path: Path | None) -> None:
+    if path is not None:
+        report.keep(result, path)
+        say(f"kept in {path}")
+    if as_json:
+        emit(result)
+    else:
+        show_table(("what", "result"), rows)

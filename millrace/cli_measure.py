@@ -1,0 +1,59 @@
+"""Commands that measure: each starts a stack of its own on free ports and takes it down again."""
+
+from typing import Annotated
+
+import typer
+
+from millrace.command import Json, run
+
+app = typer.Typer(rich_markup_mode=None)
+
+Seed = Annotated[int, typer.Option(min=0, help="Draws the same pictures and arrivals again.")]
+
+
+@app.command()
+def bench(
+    seed: Seed = 7,
+    images: Annotated[int, typer.Option(min=64, help="Pictures in each offline repeat.")] = 1200,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each offline measurement.")] = 5,
+    seconds: Annotated[float, typer.Option(min=1, help="How long the online measurement takes.")] = 60.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Pictures per second in it.")] = 30.0,
+    write: Annotated[bool, typer.Option("--write", help="Keep it in docs/benchmarks/spine.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the spine beside bare loops.
+
+    Offline: images/s from Kafka to the predictions topic, and of the same models over the same pictures in a
+    bare loop, in turn. Online: latency from publication to prediction at a steady rate. Exit 1 if a picture
+    got no outcome.
+    """
+    from loadtest.results import Plan
+    from millrace import benchmarks
+
+    plan = Plan(
+        seed=seed,
+        offline_images=images,
+        offline_repeats=repeats,
+        online_seconds=seconds,
+        online_images_per_second=rate,
+    )
+    run(lambda settings: benchmarks.run_bench(settings, plan, as_json=as_json, write=write))
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=1, help="How long.")] = 10.0,
+    rate: Annotated[float, typer.Option(min=1, help="Pictures per second, both lanes together.")] = 30.0,
+    seed: Seed = 7,
+    write: Annotated[bool, typer.Option("--write", help="Keep it in docs/benchmarks/soak.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Load everything for minutes and watch it.
+
+    Exit 0 only if the memory of each process, the ledgers and lag stay flat, and every picture is accounted for.
+    """
+    from loadtest.soak import Plan
+    from millrace import benchmarks
+
+    plan = Plan(seconds=minutes * 60, images_per_second=rate, seed=seed)
+    run(lambda settings: benchmarks.run_soak(settings, plan, as_json=as_json, write=write))
