@@ -3,11 +3,14 @@
 All tests share one `store` and one `archive`; each starts the `predict` workers it needs.
 """
 
+import asyncio
 import hashlib
+import signal
 
 import pytest
 
 from pipeline.objects import ObjectStore
+from tests.support.eventually import eventually
 from tests.support.spine import Spine, under_load
 
 STEPS = ("store", "archive")
@@ -48,6 +51,27 @@ async def test_sigterm_and_join_of_predict(shared_spine: Spine) -> None:
     assert second.exit_code is None
     accounting = await shared_spine.settled(max_repeated=0)
     assert accounting.sent >= 360
+
+
+async def test_workers_that_are_frozen(shared_spine: Spine) -> None:
+    """Workers frozen for longer than the session timeout, mid-batch, come back as members; nothing is lost."""
+    frozen, other = await shared_spine.start("predict", "predict")
+    (store,) = shared_spine.running("store")
+    await work(shared_spine, "frozen")
+    for worker in (frozen, store):
+        worker.send(signal.SIGSTOP)
+    await asyncio.sleep(shared_spine.settings.session_timeout_seconds + 2)
+    for worker in (frozen, store):
+        worker.send(signal.SIGCONT)
+    await work(shared_spine, "thawed")
+    # What a frozen worker had not committed is done by its successor too.
+    await shared_spine.settled(max_repeated=60)
+
+    def are_ready() -> bool:
+        return all(worker.get("/readyz")[0] == 200 for worker in (frozen, other, store))
+
+    await eventually(are_ready, 30)
+    assert frozen.metric("millrace_assigned_partitions") > 0
 
 
 async def test_sigkill_of_store_and_archive(shared_spine: Spine) -> None:
