@@ -4,13 +4,15 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from urllib.parse import unquote
 
 import pytest
+import typer
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic_core import PydanticUndefined
 
+from millrace import cli
 from pipeline import errors, metrics
 from pipeline.errors import MillraceError
 from pipeline.settings import PREFIX, Settings
@@ -146,6 +148,21 @@ def test_every_topic_is_documented() -> None:
             f"| {topic.max_record_bytes:,} bytes | {', '.join(topic.producers)} | {', '.join(topic.consumers)} |"
         )
         assert row in page("docs/architecture.md").splitlines()
+
+
+def commands(group: Any, path: str = "millrace") -> list[str]:
+    """Return every command below a group, without the groups themselves."""
+    found = []
+    for name, command in group.commands.items():
+        inner = f"{path} {name}"
+        found += commands(command, inner) if hasattr(command, "commands") else [inner]
+    return found
+
+
+def test_every_command_is_documented() -> None:
+    """docs/cli.md has each command of the command line."""
+    rows = set(re.findall(r"^\| `(millrace [a-z -]+)` \|", page("docs/cli.md"), re.MULTILINE))
+    assert rows == set(commands(typer.main.get_command(cli.app)))
 
 
 @pytest.mark.parametrize("name", PAGES)
