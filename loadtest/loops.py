@@ -20,7 +20,7 @@ import torch
 from loadtest.report import Timing
 from pipeline import imaging
 from pipeline.imaging import Limits, Picture, Size
-from pipeline.models import Model, load_models, resolve_device
+from pipeline.models import Model, load_models, resolve_device, torch_threads
 from pipeline.settings import Settings, load
 
 WARM_UP_IMAGES = 64
@@ -76,9 +76,10 @@ def run(kind: str, folder: Path, images: int, batch_size: int) -> Timing:
     """Time one loop over the files of a folder, repeated until `images` are done."""
     settings = load()
     device = resolve_device(settings.device)
-    if settings.torch_threads and device.type == "cpu":
-        torch.set_num_threads(settings.torch_threads)
     models = load_models(settings.models, device, allow_python=settings.allow_python_models)
+    threads = torch_threads(models, settings.torch_threads)  # as the engine does
+    if threads and device.type == "cpu":
+        torch.set_num_threads(threads)
     for model in models:
         model.warm_up()
     pictures = [path.read_bytes() for path in sorted(folder.iterdir())]

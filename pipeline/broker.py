@@ -7,6 +7,8 @@ error the caller sees.
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -205,20 +207,32 @@ class Publisher:
         """
         delays = backoff_seconds()
         while True:
-            delivery = asyncio.ensure_future(self._deliver(topic, outgoing))
-            try:
-                while not (await asyncio.wait({delivery}, timeout=self._timeout_seconds))[0]:
+            with self._telling(topic, step):
+                try:
+                    return await self._deliver(topic, outgoing)
+                except DependencyError as error:
+                    if self._stopped:
+                        raise
                     metrics.RETRIES.labels(step, "broker").inc()
-                    _log.warning("still waiting for the broker's acknowledgement", topic=topic)
-                return delivery.result()
-            except DependencyError as error:
-                if self._stopped:
-                    raise
-                metrics.RETRIES.labels(step, "broker").inc()
-                _log.warning("publishing again", topic=topic, error=error.message)
-            finally:
-                delivery.cancel()
+                    _log.warning("publishing again", topic=topic, error=error.message)
             await asyncio.sleep(next(delays))
+
+    @contextmanager
+    def _telling(self, topic: str, step: str) -> Iterator[None]:
+        """Say now and then that a record still waits; a timer, as every record passes here."""
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            nonlocal timer
+            metrics.RETRIES.labels(step, "broker").inc()
+            _log.warning("still waiting for the broker's acknowledgement", topic=topic)
+            timer = loop.call_later(self._timeout_seconds, tell)
+
+        timer = loop.call_later(self._timeout_seconds, tell)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     async def _deliver(self, topic: str, outgoing: Outgoing) -> Place:
         """Send until acknowledged or refused, by as many producers as it takes."""

@@ -24,7 +24,7 @@ from pipeline.inference.decoding import Decoder
 from pipeline.inference.fetching import Fetcher
 from pipeline.inference.forward import Batch, Forward, Report
 from pipeline.inference.outcomes import Dropped, Failed, Outcome, Request, Work
-from pipeline.models import Model
+from pipeline.models import Model, torch_threads
 from pipeline.settings import Settings
 
 # One batch being decoded while another is on the device; more only makes real-time work wait.
@@ -39,7 +39,7 @@ _log = logs.get(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How the engine runs; 0 threads means one per core for decoding, torch's own choice for torch."""
+    """How the engine runs; 0 threads means one per core for decoding, what suits the models for torch."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     max_batch_size: int = 32
@@ -84,6 +84,7 @@ class Engine:
         self._options = options
         self._deliver_outcomes = deliver
         self._forward = Forward(models, options.device)
+        self._torch_threads = torch_threads(models, options.torch_threads)
         self._batcher: Batcher[Work] = Batcher(options.max_batch_size)
         threads = options.decode_threads or len(
             os.sched_getaffinity(0)
@@ -322,8 +323,8 @@ class Engine:
 
     def _run_device(self, warm: "asyncio.Future[None]") -> None:
         """Run batches until told to end; the body of the device thread."""
-        if self._options.torch_threads and self._options.device.type == "cpu":
-            torch.set_num_threads(self._options.torch_threads)
+        if self._torch_threads and self._options.device.type == "cpu":
+            torch.set_num_threads(self._torch_threads)
         try:
             self._forward.warm_up()
         except BaseException as error:  # handed to the caller of `start`
