@@ -55,7 +55,10 @@ class Step(Protocol):
     """What a step must offer; see `predict.py` for the largest one."""
 
     name: str
-    topics: tuple[Topic, ...]
+
+    @property
+    def topics(self) -> tuple[Topic, ...]:
+        """The topics it reads."""
 
     async def start(self) -> None:
         """Connect, load and warm up. Raises ConfigurationError; waits for dependencies."""

@@ -10,5 +10,7 @@ def test_waiting_openmp_threads_sleep() -> None:
     for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
         code = "import os, pipeline.errors; print(os.environ['OMP_WAIT_POLICY'])"
         told = environment if given is None else environment | {"OMP_WAIT_POLICY": given}
-        done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == expected
