@@ -221,6 +221,7 @@ class Publisher:
     def _telling(self, topic: str, step: str) -> Iterator[None]:
         """Say now and then that a record still waits; a timer, as every record passes here."""
         loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
 
         def tell() -> None:
             nonlocal timer
