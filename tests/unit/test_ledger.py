@@ -33,7 +33,9 @@ def test_never_passes_an_open_record(gaps: list[int], data: st.DataObject) -> No
 
 
 @given(
-    steps=st.lists(st.tuples(st.sampled_from(["open", "finish", "advance"]), st.integers(0, 60)), max_size=200)
+    steps=st.lists(
+        st.tuples(st.sampled_from(["open", "finish", "advance"]), st.integers(0, 60)), max_size=200
+    )
 )
 def test_holds_for_any_interleaving(steps: list[tuple[str, int]]) -> None:
     """Opening, finishing and advancing in any interleaving never releases an unfinished record."""
