@@ -5,13 +5,16 @@ The module has services of its own to kill; its workers are never restarted by h
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
 from pipeline.database import migrate
-from tests.support import services
+from pipeline.events import ImageEvent
+from pipeline.objects import ObjectStore
+from tests.support import pictures, services
 from tests.support.spine import STEPS as ALL_STEPS
 from tests.support.spine import Installation, Spine, environment, installation, under_load
 
@@ -93,6 +96,55 @@ async def test_postgres_is_killed(spine: Spine, killable: Killable) -> None:
     await spine.settled(max_repeated=0)
     assert {worker.pid for worker in spine.crew.running} == workers
     await check_unharmed(spine)
+
+
+async def test_killed_while_postgres_is_away(spine: Spine, killable: Killable) -> None:
+    """`store` and `archive` killed while they wait for PostgreSQL lose no result and no picture."""
+    _, postgres, _ = killable
+    await asyncio.to_thread(postgres.kill)
+    await spine.send_many("waiting", 60)
+    await spine.wait_caught_up("predict")
+    await asyncio.sleep(1)  # several commit intervals with the results in hand
+    for worker in spine.running("store", "archive"):
+        worker.kill()
+    await asyncio.to_thread(postgres.start)
+    await spine.start("store", "archive")
+    await spine.settled()
+    await spine.check_pictures()
+
+
+async def test_the_object_store_is_away(spine: Spine) -> None:
+    """While the object store fails, who needs it waits, killed or not, and pictures in records are predicted."""
+    folder = Path(spine.settings.resolved_object_store)
+    away = folder.with_name("away")
+    objects = ObjectStore.open(spine.settings)
+    await objects.put("given/picture.jpg", pictures.jpeg())
+    take_away(folder, away)
+    await spine.send_many("inline", 20)
+    await spine.wait_stored(20)
+    for number in range(5):
+        await spine.send(ImageEvent(id=f"given-{number}", dataref="given/picture.jpg"))
+    await asyncio.sleep(2 * spine.settings.missing_object_grace_seconds)
+    assert await spine.codes() == {}
+    assert await spine.lag("predict") == 5
+    assert await spine.lag("archive") > 0
+    (archive,) = spine.running("archive")
+    archive.kill()
+    bring_back(folder, away)
+    await spine.start("archive")
+    await spine.settled()
+    await spine.check_pictures()
+    objects.close()
+
+
+def take_away(folder: Path, away: Path) -> None:
+    folder.rename(away)
+    folder.touch()  # a file in place of the folder: every call fails, none says "not found"
+
+
+def bring_back(folder: Path, away: Path) -> None:
+    folder.unlink()
+    away.rename(folder)
 
 
 async def test_sigterm_while_kafka_is_away(spine: Spine, killable: Killable) -> None:

@@ -4,12 +4,10 @@ All tests share one `store` and one `archive`; each starts the `predict` workers
 """
 
 import asyncio
-import hashlib
 import signal
 
 import pytest
 
-from pipeline.objects import ObjectStore
 from tests.support.eventually import eventually
 from tests.support.spine import Spine, under_load
 
@@ -84,16 +82,4 @@ async def test_sigkill_of_store_and_archive(shared_spine: Spine) -> None:
             victim.kill()
             await shared_spine.start(step)
     await shared_spine.settled(max_repeated=0)
-    await check_pictures(shared_spine)
-
-
-async def check_pictures(spine: Spine) -> None:
-    """Check that each picture that was sent is in the object store, whole, and its row says so."""
-    objects = ObjectStore.open(spine.settings)
-    for image_id in spine.journal.places:
-        row = await spine.database.image(image_id)
-        assert row is not None
-        assert row.object_key is not None
-        data = await objects.get(row.object_key, 1024 * 1024)
-        assert hashlib.sha256(data).hexdigest() == row.sha256
-    objects.close()
+    await shared_spine.check_pictures()

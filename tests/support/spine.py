@@ -4,6 +4,7 @@ Every test ends in `settled`: all that was sent is in the database exactly once,
 """
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from loadtest import faults
 from pipeline import admin, events
 from pipeline.broker import Place, Publisher
 from pipeline.database import Database
+from pipeline.objects import ObjectStore
 from pipeline.results import Accounting as Stored
 from pipeline.settings import PREFIX, Settings, load
 from pipeline.topics import LANES, TOPICS, Lane, Topic
@@ -145,6 +147,17 @@ class Spine:
         letters = {row.image_id for row in (await self.stored()).dead_letters}
         assert letters == set(dead_letters)
         return accounting
+
+    async def check_pictures(self) -> None:
+        """Check that each picture that was sent is in the object store, whole, and its row says so."""
+        objects = ObjectStore.open(self.settings)
+        for image_id in self.journal.places:
+            row = await self.database.image(image_id)
+            assert row is not None
+            assert row.object_key is not None
+            data = await objects.get(row.object_key, self.settings.max_image_bytes)
+            assert row.sha256 in {None, hashlib.sha256(data).hexdigest()}
+        objects.close()
 
     async def codes(self) -> dict[str, str]:
         """Return the code of each dead letter by image id."""
