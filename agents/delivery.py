@@ -196,7 +196,9 @@ class Delivery:
                     break
                 self._changed.clear()
                 try:
-                    await asyncio.wait_for(self._changed.wait(), remaining)
+                    # Not `wait_for`: it begins to wait a turn of the loop later, when `take` may have cleared it.
+                    async with asyncio.timeout(remaining):
+                        await self._changed.wait()
                 except TimeoutError:
                     break
             for partition in partitions:

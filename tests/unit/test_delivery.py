@@ -335,3 +335,25 @@ async def test_a_gap_is_looked_at_soon() -> None:
     await asyncio.wait_for(waiting, 1)
     bench.delivery.observe_ends({})
     await bench.delivery.wait_for_gap(0.0)
+
+
+@pytest.mark.parametrize("turns", [(0, 3, 2), (1, 4, 3), (3, 0, 2), (4, 1, 4)])
+async def test_a_hand_over_ends_with_the_last_claimed_record(turns: tuple[int, ...]) -> None:
+    """A hand-over never sleeps past the end of the last claimed record, in whatever turn of the loop that comes."""
+    bench = Bench()
+    bench.assign(BULK, REALTIME)
+    bench.deliver(BULK, 0, 1, 2)
+    batch = await bench.take()
+    assert all(delivered.claim() for delivered in batch)
+    taking = asyncio.create_task(bench.delivery.take(1, 100))
+    await asyncio.sleep(0)
+    handing_over = asyncio.create_task(bench.delivery.hand_over([(BULK, 0)], deadline_seconds=5))
+
+    async def finish(delivered: Delivered, turn: int) -> None:
+        for _ in range(turn):
+            await asyncio.sleep(0)
+        delivered.finish("predicted")
+
+    await asyncio.gather(*(finish(delivered, turn) for delivered, turn in zip(batch, turns, strict=True)))
+    await asyncio.wait_for(handing_over, 0.2)
+    taking.cancel()
