@@ -90,7 +90,9 @@ class Delivery:
     # What the consumer uses
 
     def assigned(self, starts: Mapping[TopicPartition, Start], generation: int) -> None:
-        """Take ownership of partitions, each with a new ledger."""
+        """Take ownership of partitions, each with a new ledger; of none once stopped."""
+        if self._stopped:
+            return
         for (topic, number), start in starts.items():
             first = start.beginning if start.committed is None else max(start.committed, start.beginning)
             partition = Partition(
@@ -113,16 +115,15 @@ class Delivery:
 
     async def mark_started(self, starts: Mapping[TopicPartition, Start]) -> None:
         """Note in the commit metadata that an ownership began: if it ends without a trace, Kafka tells."""
-        marks = {}
+        marks: dict[Partition, tuple[int, str]] = {}
         for place, start in starts.items():
             partition = self._partitions.get(place)
             if partition is not None:
                 offset = start.beginning if start.committed is None else start.committed
-                marks[place] = (offset, partition.mark.at_start(offset))
-        if marks and await self._send(marks):
-            for place in marks:
-                if (partition := self._partitions.get(place)) is not None:
-                    partition.marked = True
+                marks[partition] = (offset, partition.mark.at_start(offset))
+        if await self._mark(marks):
+            for partition, (offset, _) in marks.items():
+                partition.committed = offset
 
     def fetched(
         self, place: TopicPartition, generation: int, records: Sequence[Record], position: int | None
@@ -306,6 +307,9 @@ class Delivery:
         self._make_room(partition.lane, -1, -delivered.size_bytes)
 
     def _put_back(self, delivered: Delivered) -> None:
+        partition = delivered.partition
+        if partition.attempting and partition.mark.offset == delivered.record.offset:
+            partition.mark, partition.attempting = partition.mark.survived(), False
         self._inbox.put_back(delivered)
         self._changed.set()
 
@@ -324,13 +328,11 @@ class Delivery:
         attempt = partition.mark.attempt(offset)
         # First what is finished elsewhere: a suspect whose end is not written down when the next one kills us
         # would count as one more death with it alone in flight, and be condemned in its stead.
-        written = await self.commit() and await self._send(
-            {partition.place: (offset, attempt.at_commit(offset))}
-        )
+        written = await self.commit() and await self._mark({partition: (offset, attempt.at_commit(offset))})
         if not written:
             await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
         elif self._inbox.next_suspect() is delivered and not self._handing_over:
-            partition.mark, partition.committed, partition.marked = attempt, offset, True
+            partition.mark, partition.committed = attempt, offset
             partition.attempting = True
             self._inbox.start_alone(delivered)
             metrics.CAREFUL_RECORDS.labels(self._step).inc()
@@ -351,9 +353,14 @@ class Delivery:
         if lane.add(records, size_bytes):
             self._room.set()
 
-    async def _send(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
+    async def _mark(self, marks: Mapping[Partition, tuple[int, str]]) -> bool:
+        """Commit metadata, unless a hand-over has begun: its own commit must be the last word."""
         async with self._commit_lock:
-            return await self._commit_now(offsets)
+            if not marks or any(partition.closing for partition in marks):
+                return False
+            for partition in marks:
+                partition.marked = True  # even if no answer comes: Kafka may have it
+            return await self._commit_now({partition.place: mark for partition, mark in marks.items()})
 
     async def _commit_now(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
         try:

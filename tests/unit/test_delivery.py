@@ -20,8 +20,11 @@ class Broker:
     def __init__(self) -> None:
         self.committed: dict[TopicPartition, tuple[int, str]] = {}
         self.answer: CommitResult | None = "ok"
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
+        await self.answers.wait()
         if self.answer is None:
             raise DependencyError("no answer")
         if self.answer == "ok":
@@ -357,3 +360,58 @@ async def test_a_hand_over_ends_with_the_last_claimed_record(turns: tuple[int, .
     await asyncio.gather(*(finish(delivered, turn) for delivered, turn in zip(batch, turns, strict=True)))
     await asyncio.wait_for(handing_over, 0.2)
     taking.cancel()
+
+
+async def test_a_suspect_that_is_put_back_has_not_died() -> None:
+    """A suspect that its step puts back again and again counts as one attempt, and is never condemned."""
+    bench = Bench()
+    bench.assign(BULK, committed=0, metadata="assigned 0", end=1)
+    bench.deliver(BULK, 0)
+    for _ in range(5):
+        (delivered,) = await bench.take()
+        delivered.put_back()
+    assert bench.rejected == []
+    assert bench.broker.committed[BULK, 0] == (0, "careful 0 1 1")
+
+
+async def test_no_attempt_is_written_down_after_a_hand_over() -> None:
+    """A hand-over that begins while an attempt is being prepared leaves the count of attempts as it was."""
+    bench = Bench()
+    bench.assign(REALTIME)
+    bench.assign(BULK, committed=0, metadata="careful 0 1 9", end=9)
+    bench.deliver(REALTIME, 0)
+    (healthy,) = await bench.take()
+    assert healthy.claim()
+    healthy.finish("predicted")
+    bench.broker.answers.clear()  # the commit that precedes the attempt gets no answer yet
+    bench.deliver(BULK, 0)
+    taking = asyncio.create_task(bench.delivery.take(1, 100))
+    await asyncio.sleep(0)
+    handing_over = asyncio.create_task(bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1))
+    await asyncio.sleep(0)
+    bench.broker.answers.set()
+    await asyncio.wait_for(handing_over, 1)
+    await asyncio.sleep(0.01)
+    assert bench.broker.committed.get((BULK, 0), (0, "careful 0 1 9")) == (0, "careful 0 1 9")
+    taking.cancel()
+
+
+async def test_what_is_assigned_while_stopping_is_not_owned() -> None:
+    """A rebalance that ends after SIGTERM marks nothing, opens nothing and commits nothing."""
+    bench = Bench()
+    await bench.delivery.stop(deadline_seconds=1)
+    bench.assign(BULK, committed=5)
+    await bench.delivery.mark_started({(BULK, 0): Start(5, "", 0, 9)})
+    bench.deliver(BULK, 5)
+    await bench.delivery.commit()
+    assert bench.broker.committed == {}
+
+
+async def test_a_fresh_partition_handed_over_at_once_leaves_no_suspicion() -> None:
+    """A partition without a commit that is handed over before its first fetch is not careful for the next owner."""
+    bench = Bench()
+    bench.assign(BULK)
+    await bench.delivery.mark_started({(BULK, 0): Start(None, "", 0, 9)})
+    assert bench.broker.committed[BULK, 0] == (0, "assigned 0")
+    await bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1)
+    assert bench.broker.committed[BULK, 0] == (0, "")
