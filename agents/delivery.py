@@ -18,7 +18,7 @@ from agents.careful import Mark
 from agents.inbox import Inbox
 from agents.ownership import Delivered, LaneBudget, Partition, Start, TopicPartition
 from pipeline import logs, metrics, topics
-from pipeline.errors import DependencyError, MillraceError, ProcessKilledError
+from pipeline.errors import DependencyError, FatalError, MillraceError, ProcessKilledError
 from pipeline.events import Record
 from pipeline.topics import Lane
 
@@ -67,6 +67,7 @@ class Delivery:
         self._gap = asyncio.Event()
         self._commit_lock = asyncio.Lock()
         self._rejections: set[asyncio.Future[None]] = set()
+        self._broken: BaseException | None = None
         self.joined = False
 
     # What a step uses
@@ -75,9 +76,15 @@ class Delivery:
         """Wait for records and take up to so many, real-time first; safe to cancel.
 
         One caller at a time. At least one record is returned however large it is.
+
+        Raises:
+            FatalError: a record that kills its worker could not be rejected.
         """
         while True:
             self._changed.clear()
+            if self._broken is not None:
+                error = f"{type(self._broken).__name__}: {self._broken}"
+                raise FatalError(f"a record could not be rejected: {error}") from self._broken
             if not (self._stopped or self._handing_over):
                 batch = self._inbox.pick(max_records, max_bytes)
                 if batch:
@@ -323,7 +330,7 @@ class Delivery:
             error = ProcessKilledError(f"its worker died {deaths} times with this record alone in flight")
             rejection = asyncio.ensure_future(self._reject(delivered, error))
             self._rejections.add(rejection)
-            rejection.add_done_callback(self._rejections.discard)
+            rejection.add_done_callback(self._rejected)
             return False
         attempt = partition.mark.attempt(offset)
         # First what is finished elsewhere: a suspect whose end is not written down when the next one kills us
@@ -339,6 +346,13 @@ class Delivery:
             return True
         self._changed.set()
         return False
+
+    def _rejected(self, rejection: asyncio.Future[None]) -> None:
+        """A rejection that fails must not be forgotten: its record is alone in flight and blocks the others."""
+        self._rejections.discard(rejection)
+        if not rejection.cancelled() and (error := rejection.exception()) is not None:
+            self._broken = error
+            self._changed.set()
 
     def _drop(self, partition: Partition) -> None:
         if not partition.live:

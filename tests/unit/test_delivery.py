@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from agents.delivery import CommitResult, Delivered, Delivery, Start, TopicPartition
-from pipeline.errors import DependencyError, MillraceError
+from pipeline.errors import DependencyError, FatalError, MillraceError
 from pipeline.events import Record
 
 REALTIME, BULK = "images.realtime.v1", "images.bulk.v1"
@@ -415,3 +415,17 @@ async def test_a_fresh_partition_handed_over_at_once_leaves_no_suspicion() -> No
     assert bench.broker.committed[BULK, 0] == (0, "assigned 0")
     await bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1)
     assert bench.broker.committed[BULK, 0] == (0, "")
+
+
+async def test_a_rejection_that_fails_ends_the_step() -> None:
+    """A condemned record that cannot be rejected ends the step: alone in flight, it would block all others."""
+    bench = Bench()
+
+    async def reject(delivered: Delivered, error: MillraceError) -> None:
+        raise RuntimeError("no")
+
+    bench.delivery._reject = reject
+    bench.assign(BULK, committed=0, metadata="careful 0 3 1", end=1)
+    bench.deliver(BULK, 0)
+    with pytest.raises(FatalError, match="RuntimeError"):
+        await bench.take()
