@@ -10,6 +10,7 @@ what is not claimed (the next owner fetches it again) and waits for the rest.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol
@@ -85,6 +86,7 @@ class Delivery:
             if self._broken is not None:
                 error = f"{type(self._broken).__name__}: {self._broken}"
                 raise FatalError(f"a record could not be rejected: {error}") from self._broken
+            turn_seconds = None
             if not (self._stopped or self._handing_over):
                 batch = self._inbox.pick(max_records, max_bytes)
                 if batch:
@@ -92,7 +94,11 @@ class Delivery:
                 suspect = self._inbox.next_suspect()
                 if suspect is not None and await self._begin_careful(suspect):
                     return [suspect]
-            await self._changed.wait()
+                turn_seconds = self._inbox.turn_seconds()
+            with contextlib.suppress(TimeoutError):
+                # What is in flight may never end: the suspects' turn must end without it.
+                async with asyncio.timeout(turn_seconds):
+                    await self._changed.wait()
 
     # What the consumer uses
 

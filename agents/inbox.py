@@ -75,6 +75,12 @@ class Inbox:
                 batch.append(delivered)
         return batch
 
+    def turn_seconds(self) -> float | None:
+        """Return how long the suspects' turn lasts while healthy records wait for it to end, else None."""
+        if self._alone is not None or not self._suspects or not any(self._lanes.values()):
+            return None
+        return max(0.0, self._turn_ends - time.monotonic())
+
     def next_suspect(self) -> Delivered | None:
         """Return the suspect that may start now, without taking it."""
         return self._suspects[0][2] if self._suspects and not self._in_flight else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 from prometheus_client import REGISTRY
 
+from agents import inbox
 from agents.delivery import CommitResult, Delivered, Delivery, Start, TopicPartition
 from pipeline.errors import DependencyError, FatalError, MillraceError
 from pipeline.events import Record
@@ -429,3 +430,18 @@ async def test_a_rejection_that_fails_ends_the_step() -> None:
     bench.deliver(BULK, 0)
     with pytest.raises(FatalError, match="RuntimeError"):
         await bench.take()
+
+
+async def test_healthy_records_go_on_while_suspects_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record in flight that takes for ever keeps suspects waiting, not the healthy records beside it."""
+    monkeypatch.setattr(inbox, "CAREFUL_TURN_SECONDS", 0.02)
+    bench = Bench()
+    bench.delivery.assigned(
+        {(BULK, 0): Start(0, "assigned 0", 0, 9), (REALTIME, 0): Start(0, "", 0, 9)}, GENERATION
+    )
+    bench.deliver(REALTIME, 0)
+    (endless,) = await bench.take()
+    assert endless.lane == "realtime"
+    bench.deliver(BULK, 0)
+    bench.deliver(REALTIME, 1, 2)
+    assert [delivered.record.offset for delivered in await bench.take()] == [1, 2]
