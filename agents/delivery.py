@@ -106,6 +106,12 @@ class Delivery:
         """Take ownership of partitions, each with a new ledger; of none once stopped."""
         if self._stopped:
             return
+        # An assignment is whole, so these were lost without a word: kept, they would hold their lane's budget,
+        # and every commit would be refused for them.
+        lost = list(self._partitions.values())
+        self._close(lost)
+        for partition in lost:
+            self._drop(partition)
         for (topic, number), start in starts.items():
             first = start.beginning if start.committed is None else max(start.committed, start.beginning)
             partition = Partition(
@@ -200,10 +206,7 @@ class Delivery:
         started = time.monotonic()
         self._handing_over += 1
         try:
-            for partition in partitions:
-                partition.closing = True
-                partition.pending.clear()
-            metrics.RECORDS_FORGOTTEN.labels(self._step).inc(self._inbox.forget(partitions))
+            self._close(partitions)
             while any(partition.claimed for partition in partitions):
                 remaining = started + deadline_seconds - time.monotonic()
                 if remaining <= 0:
@@ -359,6 +362,13 @@ class Delivery:
         if not rejection.cancelled() and (error := rejection.exception()) is not None:
             self._broken = error
             self._changed.set()
+
+    def _close(self, partitions: Sequence[Partition]) -> None:
+        """Let nothing new in and give back to Kafka what is not claimed."""
+        for partition in partitions:
+            partition.closing = True
+            partition.pending.clear()
+        metrics.RECORDS_FORGOTTEN.labels(self._step).inc(self._inbox.forget(partitions))
 
     def _drop(self, partition: Partition) -> None:
         if not partition.live:

@@ -378,8 +378,9 @@ async def test_a_suspect_that_is_put_back_has_not_died() -> None:
 async def test_no_attempt_is_written_down_after_a_hand_over() -> None:
     """A hand-over that begins while an attempt is being prepared leaves the count of attempts as it was."""
     bench = Bench()
-    bench.assign(REALTIME)
-    bench.assign(BULK, committed=0, metadata="careful 0 1 9", end=9)
+    bench.delivery.assigned(
+        {(REALTIME, 0): Start(0, "", 0, 9), (BULK, 0): Start(0, "careful 0 1 9", 0, 9)}, GENERATION
+    )
     bench.deliver(REALTIME, 0)
     (healthy,) = await bench.take()
     assert healthy.claim()
@@ -445,3 +446,15 @@ async def test_healthy_records_go_on_while_suspects_wait(monkeypatch: pytest.Mon
     bench.deliver(BULK, 0)
     bench.deliver(REALTIME, 1, 2)
     assert [delivered.record.offset for delivered in await bench.take()] == [1, 2]
+
+
+async def test_an_assignment_replaces_what_was_not_revoked() -> None:
+    """A partition assigned again without a revocation does not keep its lane's budget or its old records."""
+    bench = Bench(max_open_records=4)
+    bench.assign(BULK)
+    bench.deliver(BULK, *range(5))
+    assert bench.delivery.fetchable([(BULK, 0)]) == set()
+    bench.assign(BULK)
+    assert bench.delivery.fetchable([(BULK, 0)]) == {(BULK, 0)}
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(bench.delivery.take(1, 100), 0.01)
