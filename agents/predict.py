@@ -134,7 +134,7 @@ class Predict:
         now = time.monotonic()
         for _, outcome in outcomes:
             if isinstance(outcome, Predicted):
-                self._limiter.went_well(now)
+                self._limiter.went_well()
             elif isinstance(outcome, Failed) and isinstance(outcome.error, ModelError):
                 self._limiter.failed(now)
         if self._limiter.is_open:

@@ -159,56 +159,44 @@ class FaultLimiter:
     """Stop a step whose model or code fails on everything, before it drains a topic into dead letters.
 
     Counts only faults laid on the model or our code, against records that went well; faults of the input
-    count as neither. Pure: the caller passes the monotonic clock. Open means: try one record per
-    `probe_seconds`; the first that goes well closes it.
+    count as neither. It opens when `max_faults` of the last records, and more than half of them, failed:
+    records are counted, not seconds, so that neither a slow step nor a long good history hides a bad release.
+    Pure: the caller passes the monotonic clock. Open means: try one record per `probe_seconds`; the first
+    that goes well closes it.
     """
 
-    def __init__(
-        self, *, max_faults: int = 20, window_seconds: float = 60.0, probe_seconds: float = 60.0
-    ) -> None:
+    def __init__(self, *, max_faults: int = 20, probe_seconds: float = 60.0) -> None:
         self._max_faults = max_faults
-        self._window_seconds = window_seconds
         self._probe_seconds = probe_seconds
-        self._seen: deque[tuple[float, bool]] = deque()
-        self._faults = 0
-        self._opened_at: float | None = None
+        self._last: deque[bool] = deque(maxlen=2 * max_faults)  # whether each of the last records failed
+        self._is_open = False
         self._next_probe_at = 0.0
 
     @property
     def is_open(self) -> bool:
         """Whether the step should pause and be unready."""
-        return self._opened_at is not None
+        return self._is_open
 
-    def went_well(self, now: float) -> None:
+    def went_well(self) -> None:
         """Count a record the model finished; closes an open limiter."""
-        if self._opened_at is not None:
-            self._opened_at = None
-            self._seen.clear()
-            self._faults = 0
-        self._add(now, fault=False)
+        if self._is_open:
+            self._is_open = False
+            self._last.clear()
+        self._last.append(False)
 
     def failed(self, now: float) -> None:
         """Count a fault laid on the model; opens when they are many and the majority."""
-        self._add(now, fault=True)
-        if (
-            self._opened_at is None
-            and self._faults >= self._max_faults
-            and self._faults * 2 > len(self._seen)
-        ):
-            self._opened_at = now
+        self._last.append(True)
+        faults = sum(self._last)
+        if not self._is_open and faults >= self._max_faults and faults * 2 > len(self._last):
+            self._is_open = True
             self._next_probe_at = now + self._probe_seconds
 
     def may_try(self, now: float) -> bool:
         """Whether a record may start now; while open, claims the one probe of this interval."""
-        if self._opened_at is None:
+        if not self._is_open:
             return True
         if now < self._next_probe_at:
             return False
         self._next_probe_at = now + self._probe_seconds
         return True
-
-    def _add(self, now: float, *, fault: bool) -> None:
-        self._seen.append((now, fault))
-        self._faults += fault
-        while self._seen and self._seen[0][0] < now - self._window_seconds:
-            self._faults -= self._seen.popleft()[1]

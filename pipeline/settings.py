@@ -4,6 +4,8 @@
 with one line that names the variable.
 """
 
+import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -147,7 +149,7 @@ class Settings(BaseSettings):
         600.0, description="A forward pass longer than this ends the process without acknowledging."
     )
     max_model_faults: Count = Field(
-        20, description="Model faults in a minute that, as a majority, pause the step."
+        20, description="So many model faults, if they are the majority of the last records, pause the step."
     )
     fault_probe_seconds: Seconds = Field(
         60.0, description="While paused by model faults: one record is tried this often."
@@ -260,6 +262,7 @@ def load(**overrides: object) -> Settings:
     Raises:
         ConfigurationError: one line per wrong setting, each naming its variable.
     """
+    _refuse_misspelt()
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -273,3 +276,13 @@ def _describe(fault: object) -> str:
         return message
     shown = _PASSWORD.sub("//…@", repr(fault.get("input")))[:80]
     return f"{PREFIX}{str(fault['loc'][0]).upper()}: {message} (got {shown})"
+
+
+def _refuse_misspelt() -> None:
+    """Refuse a variable that is nearly a setting; others with the prefix may be somebody else's."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            meant = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            if meant:
+                raise ConfigurationError(f"{name}: there is no such setting; {meant[0]} is meant?")

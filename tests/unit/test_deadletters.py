@@ -164,11 +164,11 @@ def test_reasons_can_be_stored() -> None:
 
 
 def limiter(**changes: Any) -> FaultLimiter:
-    return FaultLimiter(**{"max_faults": 20, "window_seconds": 60.0, "probe_seconds": 60.0} | changes)
+    return FaultLimiter(**{"max_faults": 20, "probe_seconds": 60.0} | changes)
 
 
 def test_model_faults_open_the_limiter() -> None:
-    """Twenty model faults in a minute open it, nineteen do not."""
+    """Twenty model faults open it, nineteen do not."""
     tested = limiter()
     for number in range(19):
         tested.failed(number * 1.0)
@@ -177,11 +177,33 @@ def test_model_faults_open_the_limiter() -> None:
     assert tested.is_open
 
 
-def test_old_faults_are_forgotten() -> None:
-    """Faults spread over more than the window do not open it."""
+def test_a_slow_step_that_fails_on_everything_is_paused() -> None:
+    """Faults that are hours apart open it as well: a slow step drains a topic too."""
     tested = limiter()
-    for number in range(200):
-        tested.failed(number * 4.0)
+    for number in range(20):
+        tested.failed(number * 3600.0)
+    assert tested.is_open
+
+
+def test_a_long_good_history_does_not_delay_it() -> None:
+    """After any number of records that went well, twenty-one faults in a row open it."""
+    tested = limiter()
+    for _ in range(10_000):
+        tested.went_well()
+    for _ in range(21):
+        assert not tested.is_open
+        tested.failed(0.0)
+    assert tested.is_open
+
+
+def test_old_faults_are_forgotten() -> None:
+    """Faults that enough good records came after no longer count."""
+    tested = limiter()
+    for _ in range(10):
+        for _ in range(19):
+            tested.failed(0.0)
+        for _ in range(39):
+            tested.went_well()
     assert not tested.is_open
 
 
@@ -189,7 +211,7 @@ def test_a_minority_of_faults_does_not_open_the_limiter() -> None:
     """While the model does well on as many records as it fails on, it stays closed."""
     tested = limiter()
     for number in range(500):
-        tested.went_well(number * 0.01)
+        tested.went_well()
         tested.failed(number * 0.01)
     assert not tested.is_open
 
@@ -210,7 +232,7 @@ def test_a_probe_that_goes_well_closes_the_limiter() -> None:
     tested.failed(60.5)
     assert tested.is_open
     assert tested.may_try(120.0)
-    tested.went_well(120.5)
+    tested.went_well()
     assert not tested.is_open
     assert tested.may_try(120.6)
     for _ in range(10):
@@ -226,7 +248,7 @@ def test_it_opens_only_after_enough_faults(steps: list[str], max_faults: int) ->
     for number, step in enumerate(steps):
         was_open = tested.is_open
         if step == "well":
-            tested.went_well(number * 0.1)
+            tested.went_well()
             faults = 0 if was_open else faults
             assert not tested.is_open
         elif step == "fault":

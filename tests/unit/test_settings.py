@@ -175,3 +175,17 @@ def test_units_are_in_names() -> None:
     for name, field in Settings.model_fields.items():
         kinds = {field.annotation, *get_args(field.annotation)} & {int, float}
         assert not kinds or name.endswith(units + unitless), name
+
+
+def test_a_misspelt_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is nearly a setting is refused and names the one that is meant."""
+    monkeypatch.setenv("MILLRACE_MAX_BATCHSIZE", "8")
+    with pytest.raises(ConfigurationError, match=r"MAX_BATCHSIZE: .*MILLRACE_MAX_BATCH_SIZE"):
+        settings.load()
+
+
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Kubernetes sets for a service of the same name, and what tests set, is ignored."""
+    for name in ("MILLRACE_GATEWAY_SERVICE_PORT", "MILLRACE_GATEWAY_SERVICE_HOST", "MILLRACE_TEST_KAFKA"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:8040")
+    assert settings.load().gateway_port == 8040
