@@ -74,8 +74,9 @@ def pytest_runtest_makereport(
     """Show the workers' logs with a test that failed."""
     report = yield
     if report.failed:
-        for value in getattr(item, "funcargs", {}).values():
-            crew = value.crew if isinstance(value, Installation) else value
-            if isinstance(crew, Workers):
-                report.sections.append(("workers", crew.logs()))
+        given = getattr(item, "funcargs", {}).values()
+        crews = {
+            id(crew): crew for value in given if isinstance(crew := getattr(value, "crew", value), Workers)
+        }
+        report.sections += [("workers", crew.logs()) for crew in crews.values()]
     return report
