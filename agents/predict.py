@@ -36,7 +36,8 @@ class Predict:
         self._settings = settings
         self._group = settings.group(self.name)
         self._predictions_topic = settings.topic(topics.PREDICTIONS.name)
-        self._publisher = Publisher(settings, client_id=self.name)
+        # The outcomes of a batch are sent together, so nothing is gained by waiting for more: 2 ms of latency.
+        self._publisher = Publisher(settings, client_id=self.name, linger_ms=0)
         self._objects = ObjectStore.open(settings)
         self._limiter = FaultLimiter(
             max_faults=settings.max_model_faults, probe_seconds=settings.fault_probe_seconds
