@@ -25,7 +25,6 @@ from pipeline.settings import Settings
 from pipeline.topics import Lane
 
 MEBIBYTE = 1024 * 1024
-SAMPLE_SECONDS = 5.0
 # One picture in so many cannot be decoded: what a dead letter leaves behind must not grow either.
 BROKEN_EVERY = 50
 # A process leaks if it grows faster. At 30 pictures a second this is 1.1 KiB kept of each, less than one event
@@ -47,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     images_per_second: float = 30.0
     seed: int = 7
     pictures: int = 120
+    sample_seconds: float = 5.0
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +143,7 @@ class Soak:
         """Sample until the time is over."""
         started = time.monotonic()
         for number in itertools.count():
-            at = started + number * SAMPLE_SECONDS
+            at = started + number * self._plan.sample_seconds
             if at - started > self._plan.seconds:
                 return
             await asyncio.sleep(max(0.0, at - time.monotonic()))

@@ -23,6 +23,7 @@ COMMANDS = [
     "publish images", "predictions get", "predictions tail", "lag", "topics", "topics list", "topics apply",
     "doctor", "up",
     "dead-letters list", "dead-letters show", "dead-letters redrive", "worker", "retention", "migrate",
+    "bench", "soak",
 ]  # fmt: skip
 
 

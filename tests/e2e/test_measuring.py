@@ -1,0 +1,38 @@
+"""The measuring commands measure: short runs of each against a stack of their own."""
+
+import msgspec
+import pytest
+
+from loadtest import results, soak
+from millrace import benchmarks
+from pipeline import settings
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_bench_measures_the_spine_and_the_loops(capsys: pytest.CaptureFixture[str]) -> None:
+    """A benchmark has a rate for the spine and for each loop, latencies, and has lost nothing."""
+    plan = results.Plan(pictures=12, offline_images=64, offline_repeats=1, online_seconds=3.0)
+    assert benchmarks.run_bench(settings.load(), plan, as_json=True, write=False) == 0
+    found = msgspec.json.decode(capsys.readouterr().out, type=results.Result)
+    rates = (
+        found.offline.images_per_second,
+        found.offline.naive_images_per_second,
+        found.offline.best_loop_images_per_second,
+    )
+    assert all(rate > 0 for rate in rates)
+    assert 0 < found.online.p50_seconds <= found.online.p95_seconds <= found.online.p99_seconds
+    assert found.online.sent == found.online.received > 0
+    assert found.online.lost == 0
+
+
+def test_soak_watches_every_process_and_accounts(capsys: pytest.CaptureFixture[str]) -> None:
+    """A soak has looked at each process, and every picture has ended as a result or a dead letter."""
+    plan = soak.Plan(seconds=8.0, pictures=12, sample_seconds=1.0)
+    benchmarks.run_soak(settings.load(), plan, as_json=True, write=False)
+    found = msgspec.json.decode(capsys.readouterr().out, type=soak.Result)
+    assert found.resident_bytes.keys() == {"gateway", "predict", "store", "archive"}
+    assert found.ledger_records.keys() == {"predict", "store", "archive"}
+    assert found.sent == found.results + found.dead_letters > 0
+    assert found.dead_letters > 0
+    assert found.lost == found.visible_duplicates == found.unexpected == 0
