@@ -19,7 +19,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.transport.producer import Producer
 
 from agents.delivery import CommitResult, Delivery, Start, TopicPartition
-from agents.kafka_thread import REQUEST_SECONDS, Fetch, LedgerThread
+from agents.kafka_thread import REQUEST_SECONDS, Fetch, LedgerThread, Ownership
 from pipeline import logs
 from pipeline.errors import DependencyError
 from pipeline.readers import to_record
@@ -38,7 +38,8 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
         self.delivery: Delivery = self.app.delivery
         # Filled by the thread inside the fetch: a cancelled wait cannot lose records that moved the position.
         self.fetches: deque[Fetch] = deque()
-        self._starts: dict[TopicPartition, Start] = {}
+        # Set when everything is ready for it, None from the moment it is taken away; read by the thread.
+        self.ownership: Ownership | None = None
 
     def _new_consumer_thread(self) -> LedgerThread:
         return LedgerThread(self, loop=self.loop, beacon=self.beacon)
@@ -50,6 +51,8 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
             while not (self.should_stop or fetcher.should_stop):
                 if not self.flow_active:
                     await self.wait(self.can_resume_flow)
+                elif self.ownership is None:
+                    await self.sleep(0.1)  # Faust may resume the flow for a generation that is already over
                 elif not self.delivery.fetchable((tp.topic, tp.partition) for tp in self.assignment()):
                     await self._thread.fetch(0)
                     await self.delivery.wait_for_room(timeout_seconds=1.0)
@@ -62,31 +65,24 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
                 raise
 
     async def _pass_on(self, fetch: Fetch) -> None:
-        if not self.flow_active:
-            return  # a rebalance has begun: `perform_seek` will set new positions before the flow resumes
+        if not self.flow_active or fetch.ownership is not self.ownership:
+            return  # a rebalance has begun: the next ownership's first fetch goes to its beginning
+        generation = fetch.ownership.generation
         for tp in fetch.positions.keys() | fetch.records.keys():
             given = [to_record(record) for record in fetch.records.get(tp, ())]
             opened = self.delivery.fetched(
-                (tp.topic, tp.partition), fetch.generation, given, fetch.positions.get(tp)
+                (tp.topic, tp.partition), generation, given, fetch.positions.get(tp)
             )
             new = {record.offset for record in opened}
             for record in fetch.records.get(tp, ()):
                 if record.offset not in new:
                     continue
-                if not self.flow_active or self.app.consumer_generation_id != fetch.generation:
+                if not self.flow_active or fetch.ownership is not self.ownership:
                     break  # being handed over: the next owner fetches the rest again
                 await self.callback(self._to_message(tp, record))
 
     async def perform_seek(self) -> None:
-        """Go to where this ownership begins, offset 0 included (Faust's own skips that)."""
-        owned = {(tp.topic, tp.partition) for tp in self.assignment()}
-        await self._thread.seek_to(
-            {
-                place: start.beginning if start.committed is None else max(start.committed, start.beginning)
-                for place, start in self._starts.items()
-                if place in owned
-            }
-        )
+        """Seek nothing: an ownership's first fetch does, whenever Faust resumes the flow, and for whom."""
 
     # Acknowledging: the ledger's business alone
 
@@ -115,6 +111,7 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
 
     async def on_partitions_revoked(self, revoked: set[Any]) -> None:
         """Hand over before the base class forgets anything."""
+        self.ownership = None
         self.stop_flow()
         self.app.flow_control.suspend()
         deadline_seconds = self.app.settings.rebalance_timeout_seconds * 0.8 - REQUEST_SECONDS
@@ -126,16 +123,17 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
     async def on_partitions_assigned(self, assigned: set[Any], generation_id: int = 0) -> None:
         """Open a ledger for each partition, then let Faust go on."""
         places = [(tp.topic, tp.partition) for tp in assigned]
-        self._starts = {}
+        starts: dict[TopicPartition, Start] = {}
         while places and not self.should_stop:
             try:
-                self._starts = await self._thread.starts(places)
+                starts = await self._thread.starts(places)
                 break
             except DependencyError as error:
                 log.warning("waiting for the broker to say where partitions begin", reason=error.message)
                 await self.sleep(1.0)
-        self.delivery.assigned(self._starts, generation_id)
-        await self.delivery.mark_started(self._starts)
+        self.delivery.assigned(starts, generation_id)
+        await self.delivery.mark_started(starts)
+        self.ownership = Ownership(generation_id, {place: start.first for place, start in starts.items()})
         await super().on_partitions_assigned(assigned, generation_id)
 
     # What the process wants to know

@@ -113,7 +113,6 @@ class Delivery:
         for partition in lost:
             self._drop(partition)
         for (topic, number), start in starts.items():
-            first = start.beginning if start.committed is None else max(start.committed, start.beginning)
             partition = Partition(
                 topic,
                 number,
@@ -121,11 +120,11 @@ class Delivery:
                 lane=self._lanes[topics.lane_of(topic)],
                 mark=Mark.read(start.metadata, start.committed, start.end),
                 committed=start.committed,
-                first=first,
+                first=start.first,
             )
             self._partitions[topic, number] = partition
-            if start.committed is not None and start.committed < first:
-                self._note_expired(partition, start.committed, first - start.committed)
+            if start.committed is not None and start.committed < start.first:
+                self._note_expired(partition, start.committed, start.first - start.committed)
         self.joined = True
         metrics.REBALANCES.labels(self._step, "assigned").inc()
         metrics.ASSIGNED_PARTITIONS.labels(self._step).set(len(self._partitions))

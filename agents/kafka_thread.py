@@ -40,11 +40,19 @@ FETCH_WAIT_MILLISECONDS = 500
 MAX_POLL_INTERVAL_MILLISECONDS = 24 * 3600 * 1000
 
 
+@dataclass(frozen=True, eq=False)
+class Ownership:
+    """One assignment, and where reading begins; told apart by identity, for Kafka may repeat a generation."""
+
+    generation: int
+    beginnings: Mapping[TopicPartition, int]
+
+
 @dataclass(frozen=True)
 class Fetch:
     """What one fetch returned: records, and the positions right after them."""
 
-    generation: int
+    ownership: Ownership
     records: Mapping[KafkaPartition, list[ConsumerRecord]]
     positions: Mapping[KafkaPartition, int]
 
@@ -58,6 +66,7 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._held: dict[KafkaPartition, int] = {}  # where the next fetch must begin
         self._went_back: dict[KafkaPartition, int] = {}
+        self._begun: Ownership | None = None
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
         settings = self.app.settings
@@ -90,25 +99,40 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         fetcher = kafka._fetcher
         if kafka._closed or fetcher._closed:
             raise ConsumerStoppedError
-        owned = ((tp.topic, tp.partition) for tp in kafka.assignment())
-        places = {KafkaPartition(*place) for place in self.consumer.delivery.fetchable(owned)}
-        generation = self.app.consumer_generation_id
+        ownership = self.consumer.ownership
         with fetcher._subscriptions.fetch_context():  # even for nothing: aiokafka must not take us for dead
-            if not self.consumer.flow_active or not places:
+            if ownership is None or not self.consumer.flow_active:
                 return
+            fetchable = self.consumer.delivery.fetchable(ownership.beginnings)
+            places = {KafkaPartition(*place) for place in fetchable}
+            if not places:
+                return
+            self._begin(kafka, ownership)
             self._hold_positions(kafka)
             records = await fetcher.fetched_records(
                 places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS
             )
         # No await from here on: positions and records must be of one moment.
-        if not self.consumer.flow_active or generation != self.app.consumer_generation_id:
-            # The wait above can outlast a rebalance and its seek. These will not be passed on: go back.
+        if not self.consumer.flow_active or ownership is not self.consumer.ownership:
+            # The wait above can outlast a rebalance. These will not be passed on: go back.
             for partition, fetched in records.items():
                 kafka.seek(partition, fetched[0].offset)
             return
         positions = _positions(kafka)
         self._held.update(positions)
-        self.consumer.fetches.append(Fetch(generation, records, positions))
+        self.consumer.fetches.append(Fetch(ownership, records, positions))
+
+    def _begin(self, kafka: AIOKafkaConsumer, ownership: Ownership) -> None:
+        """Go where an ownership begins, before its first fetch; what was fetched before is dropped."""
+        if self._begun is ownership:
+            return
+        self._begun = ownership
+        self._held.clear()
+        self._went_back.clear()
+        for place, offset in ownership.beginnings.items():
+            if (partition := KafkaPartition(*place)) in kafka.assignment():
+                kafka.seek(partition, offset)
+                self._held[partition] = offset
 
     def _hold_positions(self, kafka: AIOKafkaConsumer) -> None:
         """Go back where a position moved on without a fetch of ours, so that nothing is skipped.
@@ -179,18 +203,6 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
                 end=ends[partition],
             )
         return starts
-
-    async def seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Set fetch positions; what was fetched before is dropped."""
-        await self.call_thread(self._seek_to, offsets)
-
-    async def _seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
-        kafka = self._ensure_consumer()
-        self._held.clear()
-        for place, offset in offsets.items():
-            if (partition := KafkaPartition(*place)) in kafka.assignment():
-                kafka.seek(partition, offset)
-                self._held[partition] = offset
 
 
 def _positions(kafka: AIOKafkaConsumer) -> dict[KafkaPartition, int]:

@@ -35,6 +35,11 @@ class Start:
     beginning: int
     end: int
 
+    @property
+    def first(self) -> int:
+        """Where reading begins: retention may have deleted what was to be read next."""
+        return self.beginning if self.committed is None else max(self.committed, self.beginning)
+
 
 @dataclass(slots=True)
 class LaneBudget:
