@@ -50,9 +50,12 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
         try:
             while not (self.should_stop or fetcher.should_stop):
                 if not self.flow_active:
-                    await self.wait(self.can_resume_flow)
+                    await self.wait(self.can_resume_flow, timeout=1.0)
+                    await self._thread.fetch(0)  # reads nothing yet, but looks after aiokafka
                 elif self.ownership is None:
-                    await self.sleep(0.1)  # Faust may resume the flow for a generation that is already over
+                    # Faust may resume the flow for a generation that is already over.
+                    await self.sleep(0.1)
+                    await self._thread.fetch(0)
                 elif not self.delivery.fetchable((tp.topic, tp.partition) for tp in self.assignment()):
                     await self._thread.fetch(0)
                     await self.delivery.wait_for_room(timeout_seconds=1.0)

@@ -19,7 +19,7 @@ from faust.transport.drivers import aiokafka as driver
 from agents.delivery import CommitResult, Start, TopicPartition
 from pipeline import logs
 from pipeline.connections import client_options
-from pipeline.errors import DependencyError
+from pipeline.errors import DependencyError, FatalError
 from pipeline.topics import MAX_DEAD_LETTER_RECORD_BYTES
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ MAX_PARTITION_FETCH_BYTES = MAX_DEAD_LETTER_RECORD_BYTES
 MAX_POLL_RECORDS = 500
 # Commits and look-ups inside a hand-over must leave time for others within the rebalance timeout.
 REQUEST_SECONDS = 10.0
+# Between two tries of a fetch that failed; a partition without rights or leader stays so for a while.
+RETRY_SECONDS = 1.0
 # Faust's own consumer asks for this; half as long halves the wait of a lone record for an empty fetch.
 FETCH_WAIT_MILLISECONDS = 500
 # Without it aiokafka leaves the group after five minutes without records; a day is "never" with a margin.
@@ -99,6 +101,7 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         fetcher = kafka._fetcher
         if kafka._closed or fetcher._closed:
             raise ConsumerStoppedError
+        _look_after(kafka)
         ownership = self.consumer.ownership
         with fetcher._subscriptions.fetch_context():  # even for nothing: aiokafka must not take us for dead
             if ownership is None or not self.consumer.flow_active:
@@ -109,9 +112,15 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
                 return
             self._begin(kafka, ownership)
             self._hold_positions(kafka)
-            records = await fetcher.fetched_records(
-                places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS
-            )
+            try:
+                records = await fetcher.fetched_records(
+                    places, timeout=timeout_seconds, max_records=MAX_POLL_RECORDS
+                )
+            except KafkaError as error:
+                self._go_back(kafka)
+                log.warning("broker trouble while reading, trying again", error=repr(error))
+                await asyncio.sleep(RETRY_SECONDS)
+                return
         # No await from here on: positions and records must be of one moment.
         if not self.consumer.flow_active or ownership is not self.consumer.ownership:
             # The wait above can outlast a rebalance. These will not be passed on: go back.
@@ -133,6 +142,12 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             if (partition := KafkaPartition(*place)) in kafka.assignment():
                 kafka.seek(partition, offset)
                 self._held[partition] = offset
+
+    def _go_back(self, kafka: AIOKafkaConsumer) -> None:
+        """Drop what a failed fetch had drained from some partitions before it failed at another."""
+        for partition, position in _positions(kafka).items():
+            if position > self._held.get(partition, position):
+                kafka.seek(partition, self._held[partition])
 
     def _hold_positions(self, kafka: AIOKafkaConsumer) -> None:
         """Go back where a position moved on without a fetch of ours, so that nothing is skipped.
@@ -203,6 +218,24 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
                 end=ends[partition],
             )
         return starts
+
+
+def _look_after(kafka: AIOKafkaConsumer) -> None:
+    """Let the group's coordination go on after an error it reported, as aiokafka's unused `getmany` does.
+
+    Until someone looks it stands still: no rebalance is joined any more, whatever the heartbeats say.
+
+    Raises:
+        FatalError: one of aiokafka's own tasks has ended; nothing would ever be fetched or joined again.
+    """
+    for task in (kafka._coordinator._coordination_task, kafka._fetcher._fetch_task):
+        if task.done():
+            reason = "cancelled" if task.cancelled() else repr(task.exception())
+            raise FatalError(f"a task of the Kafka consumer ended: {reason}")
+    try:
+        kafka._coordinator.check_errors()
+    except KafkaError as error:
+        log.warning("trouble with the consumer group, trying again", error=repr(error))
 
 
 def _positions(kafka: AIOKafkaConsumer) -> dict[KafkaPartition, int]:

@@ -67,6 +67,11 @@ RELIED_ON: dict[str, tuple[Callable[..., object], str]] = {
     ),
     "commits carry our generation": (GroupCoordinator._do_commit_offsets, "c1259c2b206806f0"),
     "a refused commit is CommitFailedError": (GroupCoordinator.commit_offsets, "67fb44337ca73f7f"),
+    "coordination stands still until its error is looked at": (
+        GroupCoordinator._push_error_to_user,
+        "8dce53d5130dcd33",
+    ),
+    "looking at an error lets coordination go on": (GroupCoordinator.check_errors, "c67ee34a37d994bd"),
     "seek is synchronous": (AIOKafkaConsumer.seek, "fec4e1829687b7a8"),
 }
 
@@ -91,8 +96,8 @@ def test_our_overrides_override() -> None:
         upstream = set(dir(theirs))
         added = {
             "LedgerConsumer": {"starts", "is_member", "_pass_on"},
-            "LedgerThread": {"fetch", "_fetch", "_begin", "_hold_positions", "commit_marked", "_commit_marked",
-                             "starts", "_starts"},
+            "LedgerThread": {"fetch", "_fetch", "_begin", "_go_back", "_hold_positions", "commit_marked",
+                             "_commit_marked", "starts", "_starts"},
         }[ours.__name__]  # fmt: skip
         own = {name for name, value in vars(ours).items() if callable(value) and not name.startswith("__")}
         assert own - added <= upstream

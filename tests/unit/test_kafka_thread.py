@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition as KafkaPartition
 
+from agents import kafka_thread
 from agents.consumer import LedgerConsumer
 from agents.kafka_thread import LedgerThread, Ownership
+from pipeline.errors import FatalError
 from tests.unit.test_delivery import BULK, GENERATION, Bench
 
 PLACE = KafkaPartition(BULK, 0)
@@ -24,7 +28,10 @@ class Log:
         self.answers = asyncio.Event()
         self.answers.set()
         self._closed = False
-        self._fetcher = self._subscriptions = self
+        self._fetcher = self._subscriptions = self._coordinator = self
+        self._coordination_task = self._fetch_task = asyncio.get_running_loop().create_future()
+        self.trouble: KafkaError | None = None  # what the group's coordination waits to report
+        self.fails = False  # the next fetch raises after its records were drained
         state = SimpleNamespace(tps={PLACE}, state_value=self._state)
         self._subscription = SimpleNamespace(subscription=SimpleNamespace(assignment=state))
 
@@ -37,6 +44,11 @@ class Log:
     def seek(self, _: KafkaPartition, offset: int) -> None:
         self.position = offset
 
+    def check_errors(self) -> None:
+        error, self.trouble = self.trouble, None
+        if error is not None:
+            raise error
+
     @contextlib.contextmanager
     def fetch_context(self) -> Iterator[None]:
         yield
@@ -45,6 +57,8 @@ class Log:
         await self.answers.wait()
         offsets = range(self.position, min(10, self.position + 2))
         self.position = offsets.stop
+        if self.fails:
+            raise KafkaError("another partition failed")
         record = {"topic": BULK, "partition": 0, "timestamp": 0, "key": None, "value": b"x", "headers": ()}
         return {PLACE: [SimpleNamespace(**record, offset=offset) for offset in offsets]} if offsets else {}
 
@@ -108,5 +122,40 @@ async def test_a_fetch_that_outlasts_its_ownership_is_fetched_again() -> None:
     worker.assign()
     worker.log.answers.set()
     await fetching
+    await worker.fetch(6)
+    assert await worker.offsets() == list(range(10))
+
+
+@pytest.mark.parametrize("flow_active", [True, False])
+async def test_trouble_with_the_group_is_looked_at(flow_active: bool) -> None:
+    """An error that the group's coordination reports is taken from it, even while nothing may be read."""
+    worker = Worker()
+    worker.consumer.flow_active = flow_active
+    worker.log.trouble = KafkaError("unexpected error in join group response")
+    await worker.fetch()
+    assert worker.log.trouble is None
+
+
+@pytest.mark.parametrize("task", ["_coordination_task", "_fetch_task"])
+async def test_a_task_of_the_consumer_that_ended_is_fatal(task: str) -> None:
+    """When aiokafka's own task has ended, the worker ends too: it would stand still as a healthy member."""
+    worker = Worker()
+    worker.assign()
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    ended.set_exception(RuntimeError("gone"))
+    setattr(worker.log, task, ended)
+    with pytest.raises(FatalError, match="gone"):
+        await worker.fetch()
+
+
+async def test_a_fetch_that_fails_skips_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drained from one partition before another one failed is fetched again, however often."""
+    monkeypatch.setattr(kafka_thread, "RETRY_SECONDS", 0.0)
+    worker = Worker()
+    worker.assign()
+    await worker.fetch(1)
+    worker.log.fails = True
+    await worker.fetch(3)
+    worker.log.fails = False
     await worker.fetch(6)
     assert await worker.offsets() == list(range(10))
