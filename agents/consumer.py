@@ -8,8 +8,9 @@ forgets them. `tests/unit/test_faust_canary.py` fails when the internals used he
 """
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import faust
@@ -118,13 +119,19 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
         self.stop_flow()
         self.app.flow_control.suspend()
         deadline_seconds = self.app.settings.rebalance_timeout_seconds * 0.8 - REQUEST_SECONDS
-        await self.delivery.hand_over(
-            [(tp.topic, tp.partition) for tp in revoked], deadline_seconds=max(deadline_seconds, 1.0)
-        )
-        await super().on_partitions_revoked(revoked)
+        async with self._crashing():
+            await self.delivery.hand_over(
+                [(tp.topic, tp.partition) for tp in revoked], deadline_seconds=max(deadline_seconds, 1.0)
+            )
+            await super().on_partitions_revoked(revoked)
 
     async def on_partitions_assigned(self, assigned: set[Any], generation_id: int = 0) -> None:
         """Open a ledger for each partition, then let Faust go on."""
+        async with self._crashing():
+            await self._own(assigned, generation_id)
+            await super().on_partitions_assigned(assigned, generation_id)
+
+    async def _own(self, assigned: set[Any], generation_id: int) -> None:
         places = [(tp.topic, tp.partition) for tp in assigned]
         starts: dict[TopicPartition, Start] = {}
         while places and not self.should_stop:
@@ -137,7 +144,15 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
         self.delivery.assigned(starts, generation_id)
         await self.delivery.mark_started(starts)
         self.ownership = Ownership(generation_id, {place: start.first for place, start in starts.items()})
-        await super().on_partitions_assigned(assigned, generation_id)
+
+    @contextlib.asynccontextmanager
+    async def _crashing(self) -> AsyncIterator[None]:
+        """End the worker when the body fails: aiokafka only logs it, and stays a member that reads nothing."""
+        try:
+            yield
+        except Exception as error:
+            await self.crash(error)
+            raise
 
     # What the process wants to know
 

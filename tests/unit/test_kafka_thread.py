@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,3 +159,33 @@ async def test_a_fetch_that_fails_skips_nothing(monkeypatch: pytest.MonkeyPatch)
     worker.log.fails = False
     await worker.fetch(6)
     assert await worker.offsets() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "callback", [LedgerConsumer.on_partitions_assigned, LedgerConsumer.on_partitions_revoked]
+)
+async def test_a_rebalance_that_fails_ends_the_worker(callback: Callable[..., Awaitable[None]]) -> None:
+    """What a rebalance raises reaches the process: aiokafka would only log it and stay in the group."""
+    crashed: list[BaseException] = []
+
+    async def fail(*_: object, **__: object) -> None:
+        raise KeyError("unforeseen")
+
+    async def crash(error: BaseException) -> None:
+        crashed.append(error)
+
+    consumer = object.__new__(LedgerConsumer)
+    flow = SimpleNamespace(suspend=lambda: None)
+    parts = {
+        "app": SimpleNamespace(settings=SimpleNamespace(rebalance_timeout_seconds=60.0), flow_control=flow),
+        "delivery": SimpleNamespace(hand_over=fail),
+        "_thread": SimpleNamespace(starts=fail),
+        "_stopped": asyncio.Event(),
+        "_crashed": asyncio.Event(),
+        "stop_flow": lambda: None,
+        "crash": crash,
+    }
+    consumer.__dict__.update(parts)
+    with pytest.raises(KeyError):
+        await callback(consumer, {PLACE})
+    assert [repr(error) for error in crashed] == ["KeyError('unforeseen')"]
