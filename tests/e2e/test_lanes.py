@@ -53,7 +53,7 @@ async def test_a_stalled_bulk_lane(spine: Spine) -> None:
     """A bulk lane that is full of records whose objects do not come leaves real-time's p99 as it was."""
     patient = {"MILLRACE_MAX_OPEN_RECORDS": "50", "MILLRACE_MISSING_OBJECT_GRACE_SECONDS": "600"}
     worker, _ = await spine.start("predict", "store", **patient)
-    await realtime_p99_seconds(spine, "warm-up", 30)
+    await realtime_p99_seconds(spine, "warm-up", 60)
     before = await realtime_p99_seconds(spine, "before")
 
     stalled = [ImageEvent(id=f"stalled-{n}", dataref="late/picture.jpg") for n in range(400)]
@@ -62,7 +62,7 @@ async def test_a_stalled_bulk_lane(spine: Spine) -> None:
     def is_paused() -> bool:
         return worker.metric("millrace_lane_paused", lane="bulk") == 1
 
-    await eventually(is_paused, 30)
+    await eventually(is_paused, 60)
     during = await realtime_p99_seconds(spine, "during")
     assert is_paused()
     assert not any(row.image_id.startswith("stalled") for row in (await spine.stored()).results)

@@ -20,7 +20,7 @@ ENVIRONMENT = {
 }
 BUILTIN = "builtin:quality,builtin:fingerprint"
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 def python_model(name: str) -> dict[str, str]:
@@ -81,7 +81,7 @@ async def test_pictures_that_kill_the_process(shared_spine: Spine) -> None:
                 workers[index] = shared_spine.crew.start("-m", "agents", "predict", **environment)
         return (await shared_spine.codes()).keys() >= letters
 
-    await eventually(both_dead_lettered, 180)
+    await eventually(both_dead_lettered, 300)
     print("deaths", deaths)
     # A death beside which good records are read repeats what was not committed; one alone repeats nothing.
     await shared_spine.settled(dead_letters=letters, max_repeated=2 * 60)
@@ -97,7 +97,7 @@ async def test_a_model_that_fails_on_everything(shared_spine: Spine) -> None:
     def open_limiter() -> bool:
         return worker.metric("millrace_limiter_open", step="predict") == 1
 
-    await eventually(open_limiter, 30)
+    await eventually(open_limiter, 60)
     status, answer = worker.get("/readyz")
     assert status == 503
     assert "models fail" in answer
@@ -134,7 +134,7 @@ async def test_a_forward_pass_that_hangs(shared_spine: Spine) -> None:
     def ended() -> bool:
         return worker.exit_code is not None
 
-    await eventually(ended, 30)
+    await eventually(ended, 60)
     assert worker.exit_code == 70
     assert "has run for" in worker.log()
     await shared_spine.start("predict")

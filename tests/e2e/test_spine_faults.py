@@ -68,7 +68,7 @@ async def test_workers_that_are_frozen(shared_spine: Spine) -> None:
     def are_ready() -> bool:
         return all(worker.get("/readyz")[0] == 200 for worker in (frozen, other, store))
 
-    await eventually(are_ready, 30)
+    await eventually(are_ready, 60)
     assert frozen.metric("millrace_assigned_partitions") > 0
 
 

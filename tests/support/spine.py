@@ -98,7 +98,7 @@ class Spine:
         """Return what the database has of everything that was sent."""
         return await self.database.accounting(image_ids=list(self.journal.places))
 
-    async def wait_stored(self, count: int, timeout_seconds: float = 60.0) -> None:
+    async def wait_stored(self, count: int, timeout_seconds: float = 90.0) -> None:
         """Wait until so many of the ids that were sent have a result or a dead letter."""
 
         async def enough() -> bool:
@@ -106,7 +106,7 @@ class Spine:
 
         await eventually(enough, timeout_seconds)
 
-    async def wait_caught_up(self, *steps: str, timeout_seconds: float = 60.0) -> None:
+    async def wait_caught_up(self, *steps: str, timeout_seconds: float = 90.0) -> None:
         """Wait until these steps have committed everything."""
 
         async def caught_up() -> bool:
@@ -122,7 +122,7 @@ class Spine:
     async def settled(
         self,
         *steps: str,
-        timeout_seconds: float = 60.0,
+        timeout_seconds: float = 90.0,
         dead_letters: Iterable[str] = (),
         max_repeated: int = 0,
         whole: bool = False,
