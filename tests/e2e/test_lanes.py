@@ -53,7 +53,7 @@ async def test_a_stalled_bulk_lane(spine: Spine) -> None:
     """A bulk lane that is full of records whose objects do not come leaves real-time's p99 as it was."""
     patient = {"MILLRACE_MAX_OPEN_RECORDS": "50", "MILLRACE_MISSING_OBJECT_GRACE_SECONDS": "600"}
     worker, _ = await spine.start("predict", "store", **patient)
-    await realtime_p99_seconds(spine, "warm-up", 60)
+    await realtime_p99_seconds(spine, "warm-up", 30)
     before = await realtime_p99_seconds(spine, "before")
 
     stalled = [ImageEvent(id=f"stalled-{n}", dataref="late/picture.jpg") for n in range(400)]

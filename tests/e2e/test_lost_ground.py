@@ -86,7 +86,7 @@ async def test_retention_overtakes_a_worker(spine: Spine) -> None:
     # Something of this may have been fetched ahead, but not what follows: the lane is at its budget.
     await send(40, 5)
     await asyncio.sleep(1)
-    last = await send(45, 60)
+    last = await send(45, 30)
     await delete_before(spine, topic, last.partition, last.offset)
     objects = ObjectStore.open(spine.settings)
     await objects.put("late/picture.jpg", pictures.jpeg())
