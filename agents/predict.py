@@ -101,12 +101,14 @@ class Predict:
     def _submit(self, delivered: Delivered, engine: Engine) -> None:
         record = delivered.record
         if events.only_group(record) not in (None, self._group):
+            self._limiter.said_nothing(time.monotonic())
             if delivered.claim():
                 delivered.finish("skipped")
             return
         try:
             event = events.decode_image(record)
         except ContractError as error:
+            self._limiter.said_nothing(time.monotonic())
             if delivered.claim():
                 self._spawn(self._dead_letter(delivered, error))
             return
@@ -133,11 +135,13 @@ class Predict:
     def _deliver(self, outcomes: Sequence[tuple[Request, Outcome]]) -> None:
         """Take the outcomes of a batch from the engine; must not block."""
         now = time.monotonic()
-        for _, outcome in outcomes:
+        for request, outcome in outcomes:
             if isinstance(outcome, Predicted):
                 self._limiter.went_well()
             elif isinstance(outcome, Failed) and isinstance(outcome.error, ModelError):
                 self._limiter.failed(now)
+            elif self._probe is not None and request.context is self._probe:
+                self._limiter.said_nothing(now)
         if self._limiter.is_open:
             log.error("the models fail on most records", probe_seconds=self._settings.fault_probe_seconds)
         metrics.LIMITER_OPEN.labels(self.name).set(self._limiter.is_open)

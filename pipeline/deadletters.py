@@ -162,7 +162,7 @@ class FaultLimiter:
     count as neither. It opens when `max_faults` of the last records, and more than half of them, failed:
     records are counted, not seconds, so that neither a slow step nor a long good history hides a bad release.
     Pure: the caller passes the monotonic clock. Open means: try one record per `probe_seconds`; the first
-    that goes well closes it.
+    that goes well closes it, and one that says nothing of the model (expired, itself at fault) does not count.
     """
 
     def __init__(self, *, max_faults: int = 20, probe_seconds: float = 60.0) -> None:
@@ -191,6 +191,10 @@ class FaultLimiter:
         if not self._is_open and faults >= self._max_faults and faults * 2 > len(self._last):
             self._is_open = True
             self._next_probe_at = now + self._probe_seconds
+
+    def said_nothing(self, now: float) -> None:
+        """Note that the probe ended without a word about the model: the next one need not wait."""
+        self._next_probe_at = now
 
     def may_try(self, now: float) -> bool:
         """Whether a record may start now; while open, claims the one probe of this interval."""

@@ -223,6 +223,18 @@ def test_one_record_a_minute_is_tried() -> None:
     assert [second for second in range(200) if tested.may_try(float(second))] == [60, 120, 180]
 
 
+def test_a_probe_that_says_nothing_does_not_count() -> None:
+    """A probe that is expired, at fault itself or taken back by a hand-over does not use up its interval."""
+    tested = limiter(max_faults=1)
+    tested.failed(0.0)
+    assert tested.may_try(60.0)
+    assert not tested.may_try(61.0)
+    tested.said_nothing(62.0)
+    assert tested.is_open
+    assert tested.may_try(62.0)
+    assert not tested.may_try(63.0)
+
+
 def test_a_probe_that_goes_well_closes_the_limiter() -> None:
     """The first record that goes well closes it, with a clean slate."""
     tested = limiter()
