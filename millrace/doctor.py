@@ -5,6 +5,7 @@ and deletes again. Each check has its own time limit, and all run at once.
 """
 
 import asyncio
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from millrace.folders import is_stack_folder
 from millrace.output import EXIT_FAILED, emit, say, show, show_table
 from pipeline import broker
 from pipeline.errors import ConfigurationError, MillraceError
@@ -151,6 +153,11 @@ async def _data_folder(settings: Settings) -> Finding:
         )
     free = shutil.disk_usage(existing).free
     detail = f"{folder}, {free / 1024**3:.1f} GiB free"
+    if settings.kafka_bootstrap_servers is None and not is_stack_folder(folder):
+        with contextlib.suppress(MillraceError):
+            await broker.ping(settings, _CONNECT_SECONDS)
+            mend = f"run this where `millrace up` runs, or set {PREFIX}DATA_DIR to its data folder"
+            return Finding("data folder", "fault", f"{folder} is not that of the Kafka that runs", mend)
     if free < _MIN_FREE_BYTES:
         return Finding("data folder", "fault", detail, f"make room, or set {PREFIX}DATA_DIR to another disk")
     return Finding("data folder", "ok", detail)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from millrace.processes import is_alive, name_of, wait_until
 from pipeline.errors import ConfigurationError
+from pipeline.settings import PREFIX
 
 # A child is told of its parent's death by the kernel at once; a Java machine is gone well within this.
 _DYING_SECONDS = 10.0
@@ -72,6 +73,34 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def require_stack_folder(data_dir: Path) -> None:
+    """Make sure that the embedded Kafka that runs is the one of this data folder.
+
+    Raises:
+        ConfigurationError: It is not: objects put here would be seen by nobody.
+    """
+    if not is_stack_folder(data_dir):
+        raise ConfigurationError(
+            f"{PREFIX}DATA_DIR: no Millrace runs in {data_dir.absolute()}: "
+            "run this where `millrace up` runs, or name its data folder"
+        )
+
+
+def is_stack_folder(data_dir: Path) -> bool:
+    """Tell whether an embedded Kafka runs in this data folder."""
+    try:
+        descriptor = os.open(data_dir / "kafka" / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _holds(descriptor: int) -> bool:

@@ -7,6 +7,7 @@ id is made from the bytes unless told otherwise; so a run that was broken off is
 import asyncio
 import hashlib
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,11 +18,18 @@ from typing import Literal
 
 import msgspec
 
+from millrace.folders import require_stack_folder
 from millrace.output import EXIT_FAILED, counted, emit, say
 from millrace.progress import Progress
 from pipeline import events, formats
 from pipeline.broker import Place, Publisher
-from pipeline.errors import DependencyError, ImageTooLargeError, MillraceError, UndecodableImageError
+from pipeline.errors import (
+    ConfigurationError,
+    DependencyError,
+    ImageTooLargeError,
+    MillraceError,
+    UndecodableImageError,
+)
 from pipeline.objects import ObjectStore, image_key
 from pipeline.settings import PREFIX, Settings
 from pipeline.topics import LANES, MAX_INLINE_IMAGE_BYTES, Lane
@@ -174,9 +182,12 @@ class Sender:
 
         Raises:
             ContractError, DependencyError: as publisher and object store say.
+            ConfigurationError: no worker would find a large picture.
         """
         if len(event.data) > MAX_INLINE_IMAGE_BYTES:
             if self._objects is None:
+                if not self._settings.kafka_bootstrap_servers and not self._settings.object_store_url:
+                    require_stack_folder(self._settings.data_dir)
                 self._objects = ObjectStore.open(self._settings)
                 if self._settings.kafka_bootstrap_servers and not self._settings.object_store_url:
                     kept = self._settings.resolved_object_store
@@ -250,6 +261,12 @@ class _Run:
             except OSError as error:
                 yield Published(path, code="unreadable", error=error.strerror or str(error))
                 continue
+            if head is None:
+                if file.is_named:
+                    yield Published(path, code="unreadable", error="not a regular file")
+                else:
+                    yield Published(path, skipped="not a regular file")
+                continue
             media_type = formats.media_type(head)
             if media_type in formats.DECODABLE:
                 if size <= limit:
@@ -269,7 +286,7 @@ class _Run:
                 async with self._large:
                     return await self._send(picture)
             return await self._send(picture)
-        except DependencyError:
+        except (DependencyError, ConfigurationError):
             raise
         except MillraceError as error:
             return Published(picture.path, code=error.code, error=error.message)
@@ -324,7 +341,10 @@ def printable_path(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _look(path: Path) -> tuple[bytes, int]:
+def _look(path: Path) -> tuple[bytes | None, int]:
+    """Return a file's first bytes and its size; no bytes for a pipe or device, which might never give any."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        return None, 0
     with path.open("rb") as file:
         return file.read(formats.HEAD_BYTES), os.fstat(file.fileno()).st_size
 

@@ -78,8 +78,10 @@ def _sorted(error: asyncpg.PostgresError) -> MillraceError:
 class Pool:
     """Connections to one database, made when they are needed and again when they are lost."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: asyncpg.Pool, blame: str) -> None:
+        """Take a pool, and what to say when the server refuses the user, password or name of the database."""
         self._pool = pool
+        self._blame = blame
 
     @classmethod
     async def open(cls, settings: Settings) -> "Pool":
@@ -102,7 +104,13 @@ class Pool:
             )
         except (ValueError, asyncpg.InterfaceError, OSError) as error:
             raise ConfigurationError(f"{_URL_SETTING}: {error}") from None
-        return cls(pool)
+        blame = _URL_SETTING
+        if settings.database_url is None:
+            blame = (
+                f"{PREFIX}DATA_DIR: the PostgreSQL on port {settings.postgres_port} is not that of "
+                f"{settings.data_dir.absolute()}: run this where `millrace up` runs, or name its data folder"
+            )
+        return cls(pool, blame)
 
     async def close(self) -> None:
         """Close all connections, at once if they do not close in time."""
@@ -150,7 +158,7 @@ class Pool:
                 isinstance(error.__cause__, asyncpg.PostgresError)
                 and error.__cause__.sqlstate in _MISCONFIGURED
             ):
-                raise ConfigurationError(f"{_URL_SETTING}: {error.__cause__}") from None
+                raise ConfigurationError(f"{self._blame}: {error.__cause__}") from None
             raise
         if pending := [name for name, _, _ in _migrations() if name not in applied]:
             raise DependencyError(

@@ -161,6 +161,17 @@ def test_a_folder_is_published_and_each_file_accounted_for(millrace: Millrace, p
     assert stored == (pictures / "large.jpg").read_bytes()
 
 
+def test_a_pipe_is_never_opened(millrace: Millrace) -> None:
+    """A pipe among the files, which nobody writes to, is skipped, and a failure where it is named."""
+    pipe = millrace.folder / "pipes" / "holiday.jpg"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    ran = millrace("publish", "images", pipe.parent, "--json")
+    assert (ran.code, [line["skipped"] for line in ran.lines]) == (0, ["not a regular file"])
+    ran = millrace("publish", "images", pipe, "--json")
+    assert (ran.code, [line["error"] for line in ran.lines]) == (1, ["not a regular file"])
+
+
 async def _get(settings: Settings, key: str) -> bytes:
     store = ObjectStore.open(settings)
     try:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace import jars, ports, probe, processes
+from millrace.folders import FolderLock, require_stack_folder
 from millrace.kafka import EmbeddedKafka, new_cluster_id
 from millrace.postgres import database_url
 from millrace.supervisor import Backoff
@@ -35,6 +36,22 @@ def test_cluster_ids_are_what_kafka_takes() -> None:
     ids = [new_cluster_id() for _ in range(2000)]
     assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{21}", each) for each in ids)
     assert len(set(ids)) == len(ids)
+
+
+def test_objects_are_put_only_where_a_stack_runs(tmp_path: Path) -> None:
+    """A data folder counts as the running stack's while its Kafka holds the lock, not before and not after."""
+
+    def refused() -> str:
+        with pytest.raises(ConfigurationError) as caught:
+            require_stack_folder(tmp_path)
+        return caught.value.message
+
+    assert "MILLRACE_DATA_DIR" in refused()
+    lock = FolderLock(tmp_path / "kafka" / ".lock")
+    lock.acquire()
+    require_stack_folder(tmp_path)
+    lock.release()
+    assert str(tmp_path) in refused()
 
 
 def test_every_jar_is_pinned() -> None:
