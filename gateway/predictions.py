@@ -152,6 +152,9 @@ async def read_view(database: Database, image_id: str, deployment: str) -> Image
     row = await bounded(database.image(image_id))
     predictions = [stored.prediction for stored in await bounded(database.predictions(image_id))]
     letters = await bounded(database.dead_letters(image_id=image_id, limit=MAX_DEPLOYMENTS))
+    if state.state == "accepted" and (predictions or letters):
+        # Stored since the state was read: an answer must not show a prediction and deny it.
+        state = await bounded(database.state(image_id, deployment)) or state
     groups = (stored.letter.group.rpartition("predict.") for stored in letters)
     names = {prediction.deployment for prediction in predictions} | {
         name for _, found, name in groups if found
