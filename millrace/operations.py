@@ -70,7 +70,10 @@ async def lag(settings: Settings, groups: list[str] | None, total: bool, watch: 
                 ],
             )
         if not rows:
-            say("no group reads any topic here: are the topics there? see `millrace topics`")
+            if groups:
+                say(f"nothing is known of {', '.join(groups)}: `millrace lag` shows the groups there are")
+            else:
+                say("no group reads any topic here: are the topics there? see `millrace topics`")
         if not watch:
             return 0
         if not as_json:

@@ -30,6 +30,7 @@ from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, PREDICTIONS
 _SAMPLE_QUIET_SECONDS = 60.0
 _STORED_SECONDS = 30.0
 _LINES_PER_SECOND = 20
+_UNPRINTED_TOLD_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class _Stack:
         self._asked_to_stop = asyncio.Event()
         self._printed: list[float] = []
         self._unprinted = 0
+        self._told_unprinted_at = begun
 
     async def run(self) -> int:
         """Serve; return the exit code."""
@@ -203,14 +205,15 @@ class _Stack:
         if len(self._printed) >= _LINES_PER_SECOND and not self._samples.has(prediction.image_id):
             self._unprinted += 1
             return
-        self._tell_unprinted()
         self._printed.append(now)
         show(line_of(prediction))
 
     def _tell_unprinted(self) -> None:
-        if self._unprinted:
+        now = time.monotonic()
+        if self._unprinted and now >= self._told_unprinted_at + _UNPRINTED_TOLD_EVERY_SECONDS:
             say(f"... and {counted(self._unprinted, 'prediction')} more")
             self._unprinted = 0
+            self._told_unprinted_at = now
 
     async def _publish_samples(self) -> list[str]:
         """Publish the samples and wait for their results; return what is wrong with them."""
@@ -274,7 +277,7 @@ class _Stack:
             for service in kept:
                 if service.running:
                     continue
-                name = type(service).__name__.removeprefix("Embedded")
+                name = "Kafka" if isinstance(service, EmbeddedKafka) else "PostgreSQL"
                 say(f"{name} ended; starting it again; see {service.log_path}")
                 try:
                     await asyncio.to_thread(service.start)
