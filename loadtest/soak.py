@@ -8,6 +8,7 @@ Theil and Sen, the median of the slopes between all pairs of samples, which a fe
 
 import asyncio
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     visible_duplicates: int
     unexpected: int
     repeated: int
+    #: Load average of the last minute at the end: far above the cores, others took what the load needed.
+    load_after: float
     #: Why the verdict is bad; empty when it is good.
     faults: tuple[str, ...]
 
@@ -253,6 +256,7 @@ def conclude(
         visible_duplicates=len(accounting.visible_duplicates),
         unexpected=len(accounting.unexpected),
         repeated=accounting.repeated,
+        load_after=round(os.getloadavg()[0], 2),
         faults=tuple(wrong),
     )
 
@@ -295,6 +299,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("results, dead letters", f"{result.results}, {result.dead_letters}"),
         ("lost, visible duplicates", f"{result.lost}, {result.visible_duplicates}"),
         ("repeated on topics", f"{result.repeated}"),
+        ("load average before, after", f"{result.circumstances.load_before}, {result.load_after}"),
         ("verdict", "; ".join(result.faults) or "flat"),
     ]
 
