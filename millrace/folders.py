@@ -75,6 +75,17 @@ class FolderLock:
             self._descriptor = None
 
 
+def require_unused(data_dir: Path) -> None:
+    """Make sure that no stack runs in this data folder; blocks as `FolderLock.acquire` does.
+
+    Raises:
+        ConfigurationError: One does, and the message names it; or the folder cannot be written.
+    """
+    lock = FolderLock(data_dir / "kafka" / ".lock")
+    lock.acquire()
+    lock.release()
+
+
 def require_stack_folder(data_dir: Path) -> None:
     """Make sure that the embedded Kafka that runs is the one of this data folder.
 

@@ -146,6 +146,8 @@ async def _run_once(spec: ChildSpec, on_event: Callable[[Event], None]) -> None:
             if spec.log_path.stat().st_size > log_bytes
             else "(no message)"
         )
+        # A child begins its line with the name of its program.
+        said = said.removeprefix("millrace: ").removeprefix("gateway: ")
         raise ConfigurationError(f"{spec.name}: {said}")
 
 

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from millrace import ports, processes
+from millrace.folders import require_unused
 from millrace.local import EmbeddedKafka, EmbeddedPostgres, LocalServices, local_services
 from millrace.output import EXIT_FAILED, EXIT_INTERRUPTED, counted, emit, say, show
 from millrace.parts import describe_parts, wait_until_ready
@@ -51,6 +52,9 @@ def up(settings: Settings, wishes: Wishes) -> int:
         ConfigurationError, DependencyError: something cannot be started; everything else was stopped.
     """
     begun = time.monotonic()
+    if settings.kafka_bootstrap_servers is None:
+        # Before the ports: a second start must name the first one, not the child of it that holds a port.
+        require_unused(settings.data_dir)
     ports.require_free(settings.gateway_host, settings.gateway_port, f"{PREFIX}GATEWAY_PORT")
     own = [
         name

@@ -1,5 +1,6 @@
 """The pure parts of the one-machine stack, and the tests' own way of waiting."""
 
+import os
 import re
 import struct
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace import jars, ports, probe, processes
-from millrace.folders import FolderLock, require_stack_folder
+from millrace.folders import FolderLock, require_stack_folder, require_unused
 from millrace.kafka import EmbeddedKafka, new_cluster_id
 from millrace.postgres import database_url
 from millrace.supervisor import Backoff
@@ -52,6 +53,16 @@ def test_objects_are_put_only_where_a_stack_runs(tmp_path: Path) -> None:
     require_stack_folder(tmp_path)
     lock.release()
     assert str(tmp_path) in refused()
+
+
+def test_a_second_start_in_one_folder_names_the_first(tmp_path: Path) -> None:
+    """Who starts a stack where one runs is told its process, and may start when it is gone."""
+    lock = FolderLock(tmp_path / "kafka" / ".lock")
+    lock.acquire()
+    with pytest.raises(ConfigurationError, match=f"in use by .*pid {os.getpid()}"):
+        require_unused(tmp_path)
+    lock.release()
+    require_unused(tmp_path)
 
 
 def test_every_jar_is_pinned() -> None:
