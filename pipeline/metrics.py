@@ -5,7 +5,8 @@ Label values are bounded: never an image id, a file name or an error text.
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-disable_created_metrics()  # the time of a metric's birth beside each one: nobody asks, everybody scrolls
+# The time of a metric's birth beside each one: nobody asks, everybody scrolls.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # 1 ms to 60 s: below, the clock's own noise; above, somebody has been paged.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
