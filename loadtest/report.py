@@ -7,8 +7,10 @@ or be seen not to be comparable.
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -92,6 +94,20 @@ class Timing(msgspec.Struct, frozen=True):
         return None if self.cpu_seconds is None else 1000 * self.cpu_seconds / self.images
 
 
+class Others:
+    """How much processor time other programs took since this was made."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._busy, self._own = _busy_seconds(), _own_seconds()
+
+    def busy_cores(self) -> float:
+        """Return it in cores, on average; children count as ours once they have ended and were waited for."""
+        seconds = time.monotonic() - self._started
+        others = (_busy_seconds() - self._busy) - (_own_seconds() - self._own)
+        return round(max(0.0, others / seconds), 2)
+
+
 def commit() -> str | None:
     """Return the commit of this checkout; None if it is none."""
     try:
@@ -142,6 +158,18 @@ def keep(result: Any, path: Path) -> None:
     """Write a result as indented JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+
+
+def _busy_seconds() -> float:
+    """Return the time all cores together were not idle: proc(5), /proc/stat."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _git(*arguments: str) -> str:

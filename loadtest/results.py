@@ -95,6 +95,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     offline: Offline
     online: Online
     load_after: float
+    #: Cores that other programs kept busy on average, from before the start until everything had ended.
+    others_busy_cores: float | None = None
 
 
 def in_turn(arms: Sequence[str], number: int) -> list[str]:
@@ -144,6 +146,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("pictures", f"{result.pictures.mean_bytes / 1000:.0f} kB, {megapixels:.2f} megapixels; {media}"),
         ("machine", f"{machine.cores} cores, {machine.cpu_model}, {machine.memory_gibibytes:g} GiB"),
         ("load average before, after", f"{result.circumstances.load_before}, {result.load_after}"),
+        ("cores busy with other programs", f"{result.others_busy_cores}"),
     ]
 
 

@@ -96,6 +96,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     load_after: float
     #: Why the verdict is bad; empty when it is good.
     faults: tuple[str, ...]
+    #: Cores that other programs kept busy on average, from before the start until everything had ended.
+    others_busy_cores: float | None = None
 
 
 class Soak:
@@ -300,6 +302,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("lost, visible duplicates", f"{result.lost}, {result.visible_duplicates}"),
         ("repeated on topics", f"{result.repeated}"),
         ("load average before, after", f"{result.circumstances.load_before}, {result.load_after}"),
+        ("cores busy with other programs", f"{result.others_busy_cores}"),
         ("verdict", "; ".join(result.faults) or "flat"),
     ]
 

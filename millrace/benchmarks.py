@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from loadtest import bench, report, results, soak
 from millrace import ports, processes
 from millrace.local import local_services
@@ -40,22 +42,24 @@ class Stack:
 
 def run_bench(settings: Settings, plan: results.Plan, *, as_json: bool, write: bool) -> int:
     """Measure the spine with one `predict` worker; return the exit code."""
-    load_before = os.getloadavg()[0]
+    load_before, others = os.getloadavg()[0], report.Others()
     _check_folder(write)
     with running(settings, ("predict",)) as stack:
         measuring = bench.Bench(stack.settings, plan, worker_url=stack.urls["predict"], say=say)
         result = asyncio.run(measuring.run(load_before))
+    result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
     _give(result, results.rows(result), as_json, KEPT / "spine.json" if write else None)
     return EXIT_FAILED if result.online.lost else 0
 
 
 def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:
     """Load everything for minutes; return the exit code."""
-    load_before = os.getloadavg()[0]
+    load_before, others = os.getloadavg()[0], report.Others()
     _check_folder(write)
     with running(settings, ("gateway", "predict", "store", "archive")) as stack:
         soaking = soak.Soak(stack.settings, plan, stack.urls, say=say)
         result = asyncio.run(soaking.run(load_before))
+    result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
     _give(result, soak.rows(result), as_json, KEPT / "soak.json" if write else None)
     return EXIT_FAILED if result.faults else 0
 
