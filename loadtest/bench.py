@@ -228,6 +228,10 @@ class Bench:
         latencies = [
             outcomes.seen[image_id] - at for image_id, at in moments.items() if image_id in outcomes.seen
         ]
+        if not latencies:
+            raise DependencyError(
+                f"none of {len(journal)} pictures has a prediction: does a predict worker run?"
+            )
         receipts = [outcomes.receipts[image_id] for image_id in moments if image_id in outcomes.receipts]
         dead = len(outcomes.dead & moments.keys())
         return Online(
@@ -260,6 +264,8 @@ class Bench:
             reading.cancel()
             await asyncio.wait({reading})
             await reader.stop()
+            if not reading.cancelled():
+                reading.result()  # what ended it: without a reader nothing was measured
 
     async def _cpu_seconds(self) -> float | None:
         if self._worker_url is None:
