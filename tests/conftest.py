@@ -89,5 +89,4 @@ def _share(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory, name
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Stop the shared services, here rather than in fixtures: waiting for other workers is no test's time."""
-    for share in session.config.stash.get(_SHARES, []):
-        share.close()
+    services.close(session.config.stash.get(_SHARES, []))

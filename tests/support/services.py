@@ -62,11 +62,15 @@ class Share:
                 fcntl.flock(self._use, fcntl.LOCK_SH)
             return known.read_text()
 
-    def close(self) -> None:
-        """Give up the use; the process that started the service blocks until all have, then stops it."""
+    def release(self) -> None:
+        """Give up the use of the service."""
         if self._use is not None:
             self._use.close()
             self._use = None
+
+    def stop(self) -> None:
+        """Stop the service if this process started it, once no process uses it; blocks until then."""
+        self.release()
         if self._service is not None:
             with self._locked("users"), self._locked("mutex"):
                 (self._folder / f"{self._name}.address").unlink()
@@ -78,6 +82,14 @@ class Share:
         with (self._folder / f"{self._name}.{which}").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def close(shares: list[Share]) -> None:
+    """Give up all uses, then stop what this process started: two processes never wait for each other."""
+    for share in shares:
+        share.release()
+    for share in shares:
+        share.stop()
 
 
 def start_kafka(folder: Path) -> Service:
