@@ -149,6 +149,9 @@ class Delivery:
         """Open a fetch's records in the ledger and return the new ones; [] if the partition is not owned.
 
         `position` is the fetch position right after these records.
+
+        Raises:
+            FatalError: the log begins again below what was read of it.
         """
         partition = self._partitions.get(place)
         if partition is None or partition.generation != generation or partition.closing:
@@ -158,6 +161,12 @@ class Delivery:
         if found is not None and found > expected:
             partition.gaps.append((expected, found))
             self._gap.set()
+        if records and records[0].offset < expected:
+            # Its offsets mean other records now; the next ownership asks Kafka anew where to begin.
+            raise FatalError(
+                f"{partition.topic}:{partition.number} goes on at offset {records[0].offset} after {expected}: "
+                "the topic was deleted and created again, or its log was cut off"
+            )
         new, size_bytes = [], 0
         for record in records:
             delivered = Delivered(partition, record, self._finish, self._put_back)

@@ -159,8 +159,7 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             held = self._held.get(partition)
             if held is None or position <= held:
                 continue
-            place = {"topic": partition.topic, "partition": partition.partition, "offset": held}
-            log.error("a fetch position moved by itself", **place, position=position)
+            log.error("a fetch position moved by itself", **_named(partition), offset=held, position=position)
             if self._went_back.get(partition) != held:
                 self._went_back[partition] = held
                 kafka.seek(partition, held)
@@ -211,6 +210,10 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         for place, partition in zip(places, partitions, strict=True):
             left = committed.get(partition)
             known = left is not None and left.offset >= 0
+            if known and left.offset > ends[partition]:
+                # The topic was created again, or its log was cut off: what it holds now was never read.
+                log.error("the committed offset is beyond the end", **_named(place), committed=left.offset)
+                known = False
             starts[place] = Start(
                 committed=left.offset if known else None,
                 metadata=(left.metadata or "") if known else "",
@@ -236,6 +239,11 @@ def _look_after(kafka: AIOKafkaConsumer) -> None:
         kafka._coordinator.check_errors()
     except KafkaError as error:
         log.warning("trouble with the consumer group, trying again", error=repr(error))
+
+
+def _named(place: TopicPartition | KafkaPartition) -> dict[str, Any]:
+    topic, number = place
+    return {"topic": topic, "partition": number}
 
 
 def _positions(kafka: AIOKafkaConsumer) -> dict[KafkaPartition, int]:

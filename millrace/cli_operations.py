@@ -86,10 +86,13 @@ def worker(
 
     SIGTERM or Ctrl-C drain it: started records are finished and committed, the others are left to the group.
     """
+    from agents.app import STEPS, run
     from millrace.output import guarded
 
+    if step not in STEPS:
+        raise typer.BadParameter(f"{step!r} is not one of {', '.join(STEPS)}", param_hint="STEP")
+
     def body() -> int:
-        from agents.app import run
         from pipeline.settings import load
 
         given = {"deployment": deployment, "models": models}

@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def _share(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory, name
     share = Share(folder, name, services.start_kafka if name == "kafka" else services.start_postgres)
     config.stash.setdefault(_SHARES, []).append(share)
     return share
+
+
+def pytest_configure() -> None:
+    """Let children get SIGINT, which some tests send: what a shell runs in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

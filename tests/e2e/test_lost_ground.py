@@ -8,6 +8,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from loadtest import faults
 from pipeline import admin
 from pipeline.broker import Place
 from pipeline.events import ImageEvent
@@ -105,6 +106,33 @@ async def test_retention_overtakes_a_worker(spine: Spine) -> None:
     for image_id in taken:
         del spine.journal.places[image_id]
     await spine.settled("predict", "store", whole=True)
+
+
+async def test_a_topic_is_created_again(spine: Spine) -> None:
+    """What a topic holds after it was deleted and created again is predicted, whatever was read of the old one."""
+    running = await spine.start("predict", "store", "archive")
+    for number in range(20):
+        await spine.send(picture(f"old-{number}", number), key=b"one partition")
+    await spine.settled()
+    client = AIOKafkaAdminClient(bootstrap_servers=spine.settings.resolved_kafka)
+    await client.start()
+    try:
+        await client.delete_topics([spine.settings.topic(IMAGES_BULK.name)])
+    finally:
+        await client.close()
+    await admin.apply_topics(spine.settings)
+    for number in range(5):
+        await spine.send(picture(f"new-{number}", number), key=b"one partition")
+
+    async def stored() -> bool:
+        for worker in running:
+            if worker.exit_code is not None:
+                assert worker.exit_code == 70, worker.log()[-2000:]
+                worker.start()  # as its supervisor does
+        return len(faults.seen_ids(spine.settings, await spine.stored())) == 25
+
+    await eventually(stored, 90)
+    await spine.settled()
 
 
 async def configure(bootstrap_servers: str, topic: str, **config: str) -> None:

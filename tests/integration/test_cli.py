@@ -413,13 +413,6 @@ def test_migrate_is_idempotent(millrace: Millrace) -> None:
     assert "up to date" in ran.err
 
 
-def test_worker_refuses_a_step_that_is_not_there(millrace: Millrace) -> None:
-    """An unknown step is a configuration error that lists those there are."""
-    ran = millrace("worker", "cook")
-    assert ran.code == 78
-    assert "predict" in ran.err
-
-
 def test_missing_topics_are_told_with_the_way_out(millrace: Millrace) -> None:
     """Publishing to topics that are missing ends with 69 and the command that creates them."""
     millrace.environment["MILLRACE_TOPIC_PREFIX"] = millrace.settings.topic_prefix + "other-"

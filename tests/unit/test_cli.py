@@ -51,6 +51,7 @@ def run(*arguments: str) -> tuple[int, str]:
         "up --replicas predict",
         "up --replicas cook=2",
         "worker",
+        "worker cook",
     ],
 )
 def test_a_wrong_command_line_ends_with_2(line: str) -> None:

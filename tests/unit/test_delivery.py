@@ -458,3 +458,12 @@ async def test_an_assignment_replaces_what_was_not_revoked() -> None:
     assert bench.delivery.fetchable([(BULK, 0)]) == {(BULK, 0)}
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(bench.delivery.take(1, 100), 0.01)
+
+
+async def test_a_log_that_begins_again_is_not_taken_for_repeats() -> None:
+    """Offsets that come again stand for other records: the worker must ask Kafka anew where to begin."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, 1, 2)
+    with pytest.raises(FatalError, match=r"images\.bulk\.v1:0 goes on at offset 0 after 3"):
+        bench.deliver(BULK, 0)
