@@ -45,7 +45,7 @@ requirements: $(READY) ## Pin what pyproject.toml asks for; UPGRADE=--upgrade fo
 	echo uv | $(BIN)/uv pip compile - $(PINNED) --output-file requirements/uv.txt
 	$(COMPILE) --all-extras --group dev --output-file requirements/all.txt
 	$(COMPILE) --constraint requirements/all.txt --extra gateway --output-file requirements/gateway.txt
-	$(COMPILE) --constraint requirements/all.txt --extra steps --extra vision --extra gpu --output-file requirements/predict.txt
+	$(COMPILE) --constraint requirements/all.txt --extra steps --extra models --extra gpu --output-file requirements/predict.txt
 	$(COMPILE) --constraint requirements/all.txt --extra steps --extra database --output-file requirements/store.txt
 
 clean: ## Delete the environment and caches; data stays in .millrace
