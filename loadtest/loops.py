@@ -19,7 +19,7 @@ import torch
 
 from loadtest.report import Timing
 from pipeline import imaging
-from pipeline.imaging import Limits, Picture, Size
+from pipeline.imaging import Limits, Picture, View
 from pipeline.models import Model, load_models, resolve_device, torch_threads
 from pipeline.settings import Settings, load
 
@@ -32,8 +32,8 @@ class Loop:
     """The models and how pictures get to them."""
 
     def __init__(self, models: Sequence[Model], settings: Settings, device: torch.device) -> None:
-        self._sizes: tuple[Size, ...] = tuple(dict.fromkeys(model.input_size for model in models))
-        self._models = [(model, self._sizes.index(model.input_size)) for model in models]
+        self._views: tuple[View, ...] = tuple(dict.fromkeys(model.view for model in models))
+        self._models = [(model, self._views.index(model.view)) for model in models]
         self._limits = Limits(settings.max_image_bytes, settings.max_image_pixels)
         self._decode_threads = settings.decode_threads or len(os.sched_getaffinity(0))
         self._device = device
@@ -57,11 +57,11 @@ class Loop:
         return done
 
     def _decode(self, data: bytes) -> Picture:
-        return imaging.decode(data, self._sizes, self._limits)
+        return imaging.decode(data, self._views, self._limits)
 
     def _forward(self, pictures: Sequence[Picture]) -> int:
         batches = []
-        for index in range(len(self._sizes)):
+        for index in range(len(self._views)):
             pixels = torch.from_numpy(np.stack([picture.pixels[index] for picture in pictures]))
             if self._device.type == "cuda":
                 pixels = pixels.pin_memory().to(self._device, non_blocking=True)

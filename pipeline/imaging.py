@@ -1,4 +1,4 @@
-"""Bytes of a picture -> RGB uint8 at the sizes the models want; every limit on Pillow lives here.
+"""Bytes of a picture -> RGB uint8 as the models want to see it; every limit on Pillow lives here.
 
 The invariant: no pixel is allocated before bytes and header are within the limits, and whatever a decoder
 raises comes out as `UndecodableImageError`. Pure apart from two process-wide settings that `decode` makes:
@@ -7,13 +7,15 @@ Pillow's own bomb check, which stays as a second line, is raised where our limit
 are errors). Colour profiles are ignored: pixels are taken as sRGB.
 """
 
+import math
 import re
 import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,8 @@ BACKGROUND = (255, 255, 255)
 # Decode to at least this multiple of the wanted size before the exact resize. Pillow's documentation calls
 # the result of 2.0 hard to tell from a resize of the full picture; a large JPEG decodes about 8 times faster.
 REDUCING_GAP = 2.0
+# The same for the fractions (1/2, 1/4, 1/8) at which libjpeg decodes.
+JPEG_GAP = 2.0
 # A picture this large holds up to 4 bytes a pixel while it is decoded; one at a time, or a pool of 16 threads
 # could hold 6 GiB of them.
 LARGE_PIXELS = 16_000_000
@@ -44,8 +48,8 @@ LARGE_PIXELS = 16_000_000
 MAX_JPEG_SCANS = 100
 MAX_REASON_CHARACTERS = 200
 
-#: Width and height in pixels; a picture is stretched to it, its aspect ratio is not kept.
-Size = tuple[int, int]
+Size = tuple[int, int]  # width and height in pixels
+Window = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 # One decoder is tried, the one the first bytes name: Pillow has many more, some of them never fuzzed.
 _DECODERS = {
@@ -56,6 +60,7 @@ _DECODERS = {
     "image/avif": AvifImagePlugin.AvifImageFile.format,
     "image/bmp": BmpImagePlugin.BmpImageFile.format,
 }
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _START_OF_SCAN = b"\xff\xda"
 _EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what undoes it (JEITA CP-3451, 4.6.4.A).
@@ -82,16 +87,56 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """How a model wants to see a picture.
+
+    stretch: the whole picture at `width` x `height`, its aspect ratio not kept. crop: its centre, after a
+    resize of its shorter side to `shorter_side`. inside: the whole picture with its aspect ratio, the shorter
+    side `height` unless the longer one would exceed `width`; the size varies from picture to picture.
+    """
+
+    width: int
+    height: int
+    fit: Literal["stretch", "crop", "inside"] = "stretch"
+    shorter_side: int | None = None  # crop only
+    resampling: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be seen."""
+        if (self.fit == "crop") != (self.shorter_side is not None):
+            raise ValueError("`shorter_side` belongs to crop, and to crop alone")
+        if self.shorter_side is not None and self.shorter_side < max(self.width, self.height):
+            raise ValueError("a crop is larger than what it is cut from")
+
+    def size_of(self, picture: Size) -> Size:
+        """Return the width and height at which a picture is shown."""
+        if self.fit != "inside":
+            return self.width, self.height
+        shorter, longer = min(picture), max(picture)
+        scale = min(self.height / shorter, self.width / longer)
+        return max(1, round(picture[0] * scale)), max(1, round(picture[1] * scale))
+
+    def window_of(self, picture: Size) -> Window:
+        """Return the part of a picture that is shown."""
+        width, height = picture
+        if self.shorter_side is None:
+            return 0.0, 0.0, float(width), float(height)
+        scale = min(picture) / self.shorter_side
+        left, top = (width - self.width * scale) / 2, (height - self.height * scale) / 2
+        return left, top, left + self.width * scale, top + self.height * scale
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
-    """A decoded picture: one array per wanted size, and the size it had, upright."""
+    """A decoded picture: one array per view, and the size it had, upright."""
 
     pixels: tuple[NDArray[np.uint8], ...]  # each (H, W, 3)
     width: int
     height: int
 
 
-def decode(data: bytes, sizes: Sequence[Size], limits: Limits = Limits()) -> Picture:
-    """Decode the first frame of a picture, upright, over `BACKGROUND`, at each of `sizes`.
+def decode(data: bytes, views: Sequence[View], limits: Limits = Limits()) -> Picture:
+    """Decode the first frame of a picture, upright, over `BACKGROUND`, in each of `views`.
 
     Thread-safe; Pillow releases the GIL for most of the work.
 
@@ -111,7 +156,7 @@ def decode(data: bytes, sizes: Sequence[Size], limits: Limits = Limits()) -> Pic
         raise UndecodableImageError(f"image/jpeg: more than {MAX_JPEG_SCANS} scans")
     _set_pillow_up(limits)
     try:
-        return _decode(data, media, sizes, limits)
+        return _decode(data, media, views, limits)
     except MillraceError:
         raise
     except Image.DecompressionBombError:
@@ -122,28 +167,36 @@ def decode(data: bytes, sizes: Sequence[Size], limits: Limits = Limits()) -> Pic
         raise UndecodableImageError(_reason(media, error)) from None
 
 
-def _decode(data: bytes, media: str, sizes: Sequence[Size], limits: Limits) -> Picture:
+def _decode(data: bytes, media: str, views: Sequence[View], limits: Limits) -> Picture:
     if (canvas := formats.canvas_size(data, media)) is not None:
         _check_pixels(canvas, limits)
     with Image.open(BytesIO(data), formats=(_DECODERS[media],)) as image:
         _check_pixels(image.size, limits)
-        width, height = image.size
+        stored = image.size
         orientation = 1
         if is_jpeg := media == "image/jpeg":
             orientation = _orientation(image)
-            wanted = [_lying(size, orientation) for size in sizes]
-            gap = tuple(int(max(side) * REDUCING_GAP) for side in zip(*wanted, strict=True))
-            image.draft(None, (gap[0], gap[1]))
+            image.draft(None, _enough(stored, [_lying(view, orientation) for view in views]))
         large = image.width * image.height > LARGE_PIXELS
         with _one_large_picture if large else nullcontext():
             image.load()
             if not is_jpeg:  # elsewhere the tag may come after the pixels, or be applied by `load`
                 orientation = _orientation(image)
+                stored = image.size
             flat = _to_plain_mode(image)
-            pixels = tuple(_render(flat, size, orientation) for size in sizes)
-    if orientation in _ON_ITS_SIDE:
-        width, height = height, width
+            pixels = tuple(_render(flat, stored, view, orientation) for view in views)
+    width, height = stored[::-1] if orientation in _ON_ITS_SIDE else stored
     return Picture(pixels, width, height)
+
+
+def _enough(stored: Size, views: Sequence[View]) -> Size:
+    """Return the least size of the whole picture that has the detail of every view."""
+    scale = 0.0
+    for view in views:
+        left, top, right, bottom = view.window_of(stored)
+        width, height = view.size_of(stored)
+        scale = max(scale, width / (right - left), height / (bottom - top))
+    return math.ceil(stored[0] * scale * JPEG_GAP), math.ceil(stored[1] * scale * JPEG_GAP)
 
 
 def _check_pixels(size: Size, limits: Limits) -> None:
@@ -164,9 +217,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UNDO else 1
 
 
-def _lying(size: Size, orientation: int) -> Size:
-    """Return `size` as the stored, possibly rotated picture lies."""
-    return (size[1], size[0]) if orientation in _ON_ITS_SIDE else size
+def _lying(view: View, orientation: int) -> View:
+    """Return `view` as the stored, possibly rotated picture lies."""
+    if orientation not in _ON_ITS_SIDE or view.fit == "inside":
+        return view
+    return replace(view, width=view.height, height=view.width)
 
 
 def _to_plain_mode(image: Image.Image) -> Image.Image:
@@ -179,8 +234,17 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
     return image.convert("L") if image.mode == "1" else image
 
 
-def _render(image: Image.Image, size: Size, orientation: int) -> NDArray[np.uint8]:
-    image = image.resize(_lying(size, orientation), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+def _render(image: Image.Image, stored: Size, view: View, orientation: int) -> NDArray[np.uint8]:
+    """Show a picture, which may be a fraction of the stored size by now."""
+    view = _lying(view, orientation)
+    left, top, right, bottom = view.window_of(stored)
+    across, down = image.width / stored[0], image.height / stored[1]
+    image = image.resize(
+        view.size_of(stored),
+        _RESAMPLING[view.resampling],
+        box=(left * across, top * down, min(right * across, image.width), min(bottom * down, image.height)),
+        reducing_gap=REDUCING_GAP,
+    )
     if image.mode in ("LA", "RGBA", "La", "RGBa"):
         image = image.convert("RGBA")
         backdrop = Image.new("RGB", image.size, BACKGROUND)

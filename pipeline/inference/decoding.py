@@ -8,7 +8,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import imaging, metrics
@@ -23,19 +23,24 @@ class Decoder:
 
     def __init__(
         self,
-        sizes: Sequence[imaging.Size],
+        views: Sequence[imaging.View],
         limits: imaging.Limits,
         threads: int,
         on_finished: Callable[[], None],
     ) -> None:
         self.finished: deque[Work] = deque()
-        self._sizes = tuple(sizes)
+        self.views = tuple(views)
         self._limits = limits
         self._on_finished = on_finished
         self._waiting: dict[Lane, deque[Work]] = {"realtime": deque(), "bulk": deque()}
         self._turns = Turns()
-        self._turn_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def show(self, views: Iterable[imaging.View]) -> None:
+        """Decode in these views from now on; records that were begun before say so in their own `views`."""
+        with self._lock:
+            self.views = tuple(views)
 
     def add(self, work: Work) -> None:
         """Queue a record whose bytes are here."""
@@ -47,12 +52,13 @@ class Decoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _decode_next(self) -> None:
-        with self._turn_lock:
+        with self._lock:
             lane = self._turns.next(
                 realtime=bool(self._waiting["realtime"]), bulk=bool(self._waiting["bulk"])
             )
             assert lane is not None, "as many calls as records"
             work = self._waiting[lane].popleft()
+            work.views = self.views
         work.decode_started_at = time.monotonic()
         try:
             self._decode(work)
@@ -69,7 +75,7 @@ class Decoder:
             work.is_expired = True
             return
         _check_digest(work)
-        work.picture = imaging.decode(work.data, self._sizes, self._limits)
+        work.picture = imaging.decode(work.data, work.views, self._limits)
         work.decode_ended_at = time.monotonic()
         metrics.DECODE_SECONDS.observe(work.decode_ended_at - work.decode_started_at)
 

@@ -89,18 +89,17 @@ class Engine:
         threads = options.decode_threads or len(
             os.sched_getaffinity(0)
         )  # a container has fewer than the machine
-        self._decoder = Decoder(self._forward.sizes, options.limits, threads, self._wake)
+        self._decoder = Decoder(self._forward.views, options.limits, threads, self._wake)
         self._fetcher = Fetcher(
             fetch,
             missing_object_grace_seconds=options.missing_object_grace_seconds,
             on_fetched=self._on_fetched,
             on_dropped=self._drop,
         )
-        bytes_each = sum(width * height * 3 for width, height in self._forward.sizes)
-        self._room_records = max(
-            options.max_batch_size,
-            min(DECODE_AHEAD_BATCHES * options.max_batch_size, DECODE_AHEAD_BYTES // bytes_each),
-        )
+        self._next_forward: Forward | None = None
+        self._swapped: asyncio.Future[None] | None = None
+        self._swapping = asyncio.Lock()
+        self._room_records = self._room()
         self._open: set[Work] = set()
         self._ahead = 0  # waiting for the decoder, in it, or decoded and not dispatched
         self._room_waiters: list[asyncio.Future[None]] = []
@@ -154,6 +153,22 @@ class Engine:
         else:
             self._decode(work)
 
+    async def swap(self, models: Sequence[Model]) -> None:
+        """Go over to other models between two batches; they are loaded and warm.
+
+        Records that are decoded for the old models only are finished by them first. Returns when the next batch
+        is the new models', or the engine has stopped.
+        """
+        async with self._swapping:
+            if self._stopped:
+                return
+            self._next_forward = Forward(models, self._options.device)
+            self._swapped = self._loop.create_future()
+            # For both: until the last record of the old ones is dispatched, they get every batch.
+            self._decoder.show(dict.fromkeys((*self._forward.views, *self._next_forward.views)))
+            self._switch()
+            await asyncio.wait((self._swapped, self.fatal), return_when="FIRST_COMPLETED")
+
     async def stop(self, drain_seconds: float) -> None:
         """Finish what was submitted within `drain_seconds`, then drop what is not on the device.
 
@@ -168,6 +183,8 @@ class Engine:
                 (self._all_done, self.fatal), timeout=drain_seconds, return_when="FIRST_COMPLETED"
             )
         self._stopped = True
+        if self._swapped is not None and not self._swapped.done():
+            self._swapped.set_result(None)
         self._fetcher.stop()
         self._decoder.stop()
         self._device_queue.put(None)
@@ -175,6 +192,25 @@ class Engine:
             self._hang_timer.cancel()
         self._deliver([(work, Dropped()) for work in self._open if not work.is_claimed])
         self._open_room()
+
+    def _room(self) -> int:
+        """Return how many records may wait for the device."""
+        bytes_each = sum(view.width * view.height * 3 for view in self._decoder.views)
+        size = self._options.max_batch_size
+        return max(size, min(DECODE_AHEAD_BATCHES * size, DECODE_AHEAD_BYTES // bytes_each))
+
+    def _switch(self) -> None:
+        """Go over to the next models, if there are any and the device and every decoded record are ready."""
+        forward = self._next_forward
+        if forward is None or self._on_device is not None:
+            return
+        if not all(work.is_claimed or forward.can_take(work) for work in self._open):
+            return
+        self._forward, self._next_forward = forward, None
+        self._decoder.show(forward.views)
+        self._room_records = self._room()
+        if self._swapped is not None and not self._swapped.done():
+            self._swapped.set_result(None)
 
     def _decode(self, work: Work) -> None:
         self._ahead += 1
@@ -239,6 +275,7 @@ class Engine:
     def _dispatch(self) -> None:
         """Give the device its next batch, if it is free and something is ready."""
         settled: list[tuple[Work, Outcome]] = []
+        self._switch()
         while self._on_device is None and len(self._batcher) and not self._stopped and not self.fatal.done():
             cut = self._batcher.cut(time.monotonic(), draining=self._draining)
             self._ahead -= len(cut.items) + len(cut.expired)
@@ -299,6 +336,7 @@ class Engine:
         if not delivered:
             return
         self._open.difference_update(work for work, _ in delivered)
+        self._switch()
         try:
             self._deliver_outcomes([(work.request, outcome) for work, outcome in delivered])
         except Exception as error:  # the caller's bug; going on would lose these outcomes silently

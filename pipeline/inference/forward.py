@@ -9,15 +9,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline import metrics
 from pipeline.batching import CutReason
 from pipeline.errors import FatalError, ModelError
-from pipeline.events import ModelResult, Receipt, encode_embedding
-from pipeline.imaging import Size
+from pipeline.events import Box, ModelResult, Receipt, encode_embedding
+from pipeline.imaging import Picture, View
 from pipeline.inference.outcomes import Failed, Outcome, Predicted, Work
 from pipeline.models import Model, Output
 from pipeline.topics import LANES
@@ -57,8 +59,8 @@ class Forward:
     """Runs batches through the models; not thread-safe."""
 
     def __init__(self, models: Sequence[Model], device: torch.device) -> None:
-        self.sizes: tuple[Size, ...] = tuple(dict.fromkeys(model.input_size for model in models))
-        self._models = tuple((model, self.sizes.index(model.input_size)) for model in models)
+        self.views: tuple[View, ...] = tuple(dict.fromkeys(model.view for model in models))
+        self._models = tuple(models)
         self._device = device
         self._device_name = str(device)
         self._at_work = ""
@@ -68,7 +70,7 @@ class Forward:
 
     def warm_up(self) -> None:
         """Warm every model up; raises whatever a model raises, with its name in `failing_model`."""
-        for model, _ in self._models:
+        for model in self._models:
             self._at_work = model.name
             with torch.inference_mode():
                 model.warm_up()
@@ -77,6 +79,10 @@ class Forward:
     def failing_model(self) -> str:
         """The model that ran last."""
         return self._at_work
+
+    def can_take(self, work: Work) -> bool:
+        """Whether a record was decoded for these models, or is not decoded yet."""
+        return not work.views or set(self.views) <= set(work.views)
 
     def run(self, batch: Batch) -> Report:
         """Return one outcome for each record of a batch, or a report of a device that is lost."""
@@ -138,16 +144,17 @@ class Forward:
 
     def _pass(self, works: list[Work]) -> list[tuple[ModelResult, ...] | None]:
         """Return one list of results per record, None where a number is not finite."""
-        batches = [self._stack(works, index) for index in range(len(self.sizes))]
+        batches = {view: self._gather(works, view) for view in self.views}
         columns = []
         suspect = ""
         with torch.inference_mode():
-            for model, index in self._models:
+            for model in self._models:
                 self._at_work = model.name
-                outputs = model.forward(batches[index])
+                outputs = model.forward(batches[model.view])
                 if len(outputs) != len(works):
                     raise _WrongOutputError(f"{len(outputs)} outputs for {len(works)} pictures")
-                column = [_result(model, output) for output in outputs]
+                pictures = [work.picture for work in works if work.picture is not None]
+                column = list(map(partial(_result, model), outputs, pictures))
                 suspect = model.name if None in column else suspect
                 columns.append(column)
         self._at_work = suspect
@@ -156,8 +163,16 @@ class Forward:
             for row in zip(*columns, strict=True)
         ]
 
-    def _stack(self, works: list[Work], index: int) -> torch.Tensor:
-        pixels = np.stack([work.picture.pixels[index] for work in works if work.picture is not None])
+    def _gather(self, works: list[Work], view: View) -> torch.Tensor | list[torch.Tensor]:
+        """Put what the pictures look like in one view onto the device."""
+        pictures = [
+            work.picture.pixels[work.views.index(view)] for work in works if work.picture is not None
+        ]
+        if view.fit == "inside":  # of different sizes
+            return [self._to_device(np.stack([pixels]))[0] for pixels in pictures]
+        return self._to_device(np.stack(pictures))
+
+    def _to_device(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         batch = torch.from_numpy(pixels)  # (N, H, W, 3) uint8
         if self._device.type == "cuda":  # pinned, so that the copy runs beside what the device does
             batch = batch.pin_memory().to(self._device, non_blocking=True)
@@ -195,9 +210,11 @@ class Forward:
         return f"{self._at_work}: {kind}{text}"[:MAX_REASON_CHARACTERS]
 
 
-def _result(model: Model, output: Output) -> ModelResult | None:
+def _result(model: Model, output: Output, picture: Picture) -> ModelResult | None:
     """Return what is published of an output, or None when a number in it is not finite."""
-    numbers = [*output.scores.values(), *(box.score for box in output.boxes)]
+    numbers = [*output.scores.values()]
+    for box in output.boxes:
+        numbers += (box.score, box.x_min, box.y_min, box.x_max, box.y_max)
     if output.score is not None:
         numbers.append(output.score)
     if not all(map(math.isfinite, numbers)):
@@ -215,9 +232,29 @@ def _result(model: Model, output: Output) -> ModelResult | None:
         label=output.label,
         score=output.score,
         scores=output.scores,
-        boxes=output.boxes,
+        boxes=_in_picture(output.boxes, model.view, picture),
         embedding=None if embedding is None else encode_embedding(embedding.tobytes()),
         dimension=None if embedding is None else embedding.size,
+    )
+
+
+def _in_picture(boxes: Sequence[Box], view: View, picture: Picture) -> tuple[Box, ...]:
+    """Map boxes from pixels of a view to pixels of the upright picture, cut off at its edges."""
+    if not boxes:
+        return ()
+    size = (picture.width, picture.height)
+    left, top, right, bottom = view.window_of(size)
+    width, height = view.size_of(size)
+    across, down = (right - left) / width, (bottom - top) / height
+
+    def x(value: float) -> float:
+        return round(min(max(left + value * across, 0.0), size[0]), 2)
+
+    def y(value: float) -> float:
+        return round(min(max(top + value * down, 0.0), size[1]), 2)
+
+    return tuple(
+        Box(box.label, box.score, x(box.x_min), y(box.y_min), x(box.x_max), y(box.y_max)) for box in boxes
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import MillraceError
 from pipeline.events import ImageEvent, ModelResult, Receipt, Record
-from pipeline.imaging import Picture
+from pipeline.imaging import Picture, View
 from pipeline.topics import Lane
 
 
@@ -75,6 +75,8 @@ class Work:
     sha256: str | None = None
     input_bytes: int | None = None
     picture: Picture | None = None
+    #: How `picture` is decoded; empty before that begins.
+    views: tuple[View, ...] = ()
     error: MillraceError | None = None
     is_expired: bool = False
     is_claimed: bool = False

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.imaging import View
 from pipeline.models.protocol import Output, Task
 
 SIDE_PIXELS = 256
@@ -69,7 +70,7 @@ class QualityModel:
     name = "builtin:quality"
     version = "1"
     task: Task = "classify"
-    input_size = (SIDE_PIXELS, SIDE_PIXELS)
+    view = View(SIDE_PIXELS, SIDE_PIXELS)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -118,7 +119,7 @@ class FingerprintModel:
     name = "builtin:fingerprint"
     version = "1"
     task: Task = "embed"
-    input_size = (SIDE_PIXELS, SIDE_PIXELS)
+    view = View(SIDE_PIXELS, SIDE_PIXELS)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

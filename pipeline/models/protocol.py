@@ -5,13 +5,13 @@ decode. A model is called from one thread only.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.events import Box
+from pipeline.imaging import View
 
 Task = Literal["classify", "detect", "embed", "score"]
 
@@ -23,7 +23,7 @@ class Output:
     label: str | None = None
     score: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[Box, ...] = ()  # in pixels of what the model was given
     embedding: NDArray[np.float32] | None = None  # (D,)
 
 
@@ -47,8 +47,8 @@ class Model(Protocol):
         """What kind of output it gives."""
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        """Width and height of the pixels it wants; models that agree share one decode."""
+    def view(self) -> View:
+        """How it wants to see a picture; models that agree share one decode and one tensor."""
 
     def warm_up(self) -> None:
         """Do once what makes a first pass slow; called before readiness, in the thread of `forward`.
@@ -57,8 +57,9 @@ class Model(Protocol):
             Exception: the model cannot work here; the process ends with a `ConfigurationError`.
         """
 
-    def forward(self, batch: torch.Tensor) -> list[Output]:
+    def forward(self, batch: Any) -> list[Output]:
         """Evaluate a batch and return one output per picture, in order, off the device.
 
-        `batch` is (N, 3, H, W) uint8 RGB on the model's device, channels last in memory.
+        `batch` is RGB on the model's device, channels last in memory: a tensor (N, 3, H, W) uint8, or for a view
+        that lets the size vary (`inside`) a list of N tensors (3, H, W) uint8.
         """

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.imaging import View
 from pipeline.models import Output, Task
 
 GUILTY_COLOUR = (255, 0, 255)
@@ -24,7 +25,7 @@ class BehavingModel:
 
     version = "1"
     task: Task = "score"
-    input_size = (SIDE_PIXELS, SIDE_PIXELS)
+    view = View(SIDE_PIXELS, SIDE_PIXELS)
 
     def __init__(self, name: str, behave: Behaviour, warm_up: Callable[[], None] = lambda: None) -> None:
         self.name = f"test:{name}"

@@ -115,5 +115,5 @@ def test_examples_decode(name: str, example: dict[str, Any]) -> None:
 
 def test_the_example_picture_is_one() -> None:
     """The picture of the examples can be decoded."""
-    picture = imaging.decode(examples.PICTURE, [(4, 4)])
+    picture = imaging.decode(examples.PICTURE, [imaging.View(4, 4)])
     assert (picture.width, picture.height) == (4, 4)

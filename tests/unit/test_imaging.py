@@ -3,6 +3,8 @@
 import resource
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from PIL import Image
 
 from pipeline import formats, imaging
 from pipeline.errors import ImageError, ImageTooLargeError, UndecodableImageError
+from pipeline.imaging import View
 from tests.support import pictures
 
-SIZE = (64, 32)
+VIEW = View(64, 32)
 CODECS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")
 SMALL = {codec: pictures.encode(pictures.scene(40, 30), codec) for codec in CODECS}
 LOSSY = 30  # of 255: what the codecs and the resize may change
@@ -22,7 +25,7 @@ LOSSY = 30  # of 255: what the codecs and the resize may change
 
 def halves_of(data: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the mean colours of the left and right half, less their border."""
-    pixels = imaging.decode(data, [SIZE]).pixels[0]
+    pixels = imaging.decode(data, [VIEW]).pixels[0]
     assert pixels.shape == (32, 64, 3)
     assert pixels.dtype == np.uint8
     left, right = pixels[:, 4:28].mean((0, 1)), pixels[:, 36:60].mean((0, 1))
@@ -65,14 +68,14 @@ def test_orientation_counts_outside_jpeg(codec: str) -> None:
     left, right = halves_of(data)
     assert is_close(left, pictures.LEFT)
     assert is_close(right, pictures.RIGHT)
-    decoded = imaging.decode(data, [SIZE])
+    decoded = imaging.decode(data, [VIEW])
     assert (decoded.width, decoded.height) == (64, 32)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_size_reported_is_the_upright_one(orientation: int) -> None:
     """Width and height are as a person sees the picture."""
-    decoded = imaging.decode(pictures.rotated_jpeg(orientation), [SIZE])
+    decoded = imaging.decode(pictures.rotated_jpeg(orientation), [VIEW])
     assert (decoded.width, decoded.height) == (64, 32)
 
 
@@ -92,34 +95,86 @@ def test_transparency_shows_the_background() -> None:
 def test_grey_with_alpha_is_blended() -> None:
     """Half-transparent black over white is middle grey."""
     data = pictures.encode(Image.new("LA", (8, 8), (0, 128)), "PNG")
-    assert imaging.decode(data, [(4, 4)]).pixels[0].mean() == pytest.approx(127, abs=2)
+    assert imaging.decode(data, [View(4, 4)]).pixels[0].mean() == pytest.approx(127, abs=2)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     """A 16-bit ramp from black to white comes out as an 8-bit ramp from black to white."""
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (16, 1))
-    pixels = imaging.decode(pictures.sixteen_bit_png(ramp), [(256, 16)]).pixels[0]
+    pixels = imaging.decode(pictures.sixteen_bit_png(ramp), [View(256, 16)]).pixels[0]
     assert np.abs(pixels[0, :, 0].astype(int) - np.arange(256)).max() <= 1
 
 
 def test_black_and_white_is_averaged() -> None:
     """A one-bit chessboard shrinks to grey, not to whichever pixel was hit."""
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2).astype(bool))
-    pixels = imaging.decode(pictures.encode(board, "PNG"), [(8, 8)]).pixels[0]
+    pixels = imaging.decode(pictures.encode(board, "PNG"), [View(8, 8)]).pixels[0]
     assert np.abs(pixels.astype(int) - 127).max() < 20
 
 
 def test_several_sizes_come_from_one_decode() -> None:
     """Each wanted size gives an array, in order."""
-    decoded = imaging.decode(pictures.jpeg(), [(64, 48), (7, 9)])
+    decoded = imaging.decode(pictures.jpeg(), [View(64, 48), View(7, 9)])
     assert [array.shape for array in decoded.pixels] == [(48, 64, 3), (9, 7, 3)]
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (301, 300), (1000, 130)])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
+def test_a_crop_is_the_centre_of_a_resize(
+    size: tuple[int, int], orientation: int, resampling: Literal["bilinear", "bicubic"]
+) -> None:
+    """A cropped view shows what a resize of the shorter side and a cut of the centre give."""
+    upright = pictures.scene(*size)
+    exif = Image.Exif()
+    exif[pictures.EXIF_ORIENTATION] = orientation
+    stored = upright.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else upright
+    view = View(112, 96, "crop", 128, resampling)
+    pixels = imaging.decode(pictures.encode(stored, "PNG", exif=exif), [view]).pixels[0]
+    scale = 128 / min(size)
+    resized = upright.resize(
+        (round(size[0] * scale), round(size[1] * scale)), Image.Resampling[resampling.upper()]
+    )
+    left, top = (resized.width - 112) // 2, (resized.height - 96) // 2
+    expected = np.asarray(resized.crop((left, top, left + 112, top + 96)))
+    assert pixels.shape == expected.shape
+    # Half a pixel of the result may lie between the two: one cuts first, the other rounds first.
+    assert np.abs(pixels.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((400, 300), (133, 100)), ((300, 400), (100, 133)), ((1000, 100), (200, 20))]
+)
+def test_inside_keeps_the_aspect_ratio(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    """The shorter side is what was asked for, unless the longer one would be too long."""
+    decoded = imaging.decode(pictures.encode(pictures.scene(*size), "JPEG"), [View(200, 100, "inside")])
+    assert decoded.pixels[0].shape == (shown[1], shown[0], 3)
+
+
+@pytest.mark.parametrize(("fit", "shorter_side"), [("crop", None), ("stretch", 64), ("crop", 63)])
+def test_a_view_that_makes_no_sense_is_refused(fit: Literal["stretch", "crop"], shorter_side: int) -> None:
+    """A crop says what it is cut from, and is not larger."""
+    with pytest.raises(ValueError, match="crop"):
+        View(64, 32, fit, shorter_side)
+
+
+@pytest.mark.parametrize("view", [View(224, 224), View(224, 224, "crop", 256), View(320, 200, "inside")])
+@pytest.mark.parametrize("size", [(1280, 960), (1900, 1100), (900, 600), (511, 513)])
+def test_a_fraction_shows_what_the_whole_picture_shows(view: View, size: tuple[int, int]) -> None:
+    """Decoding a JPEG at a fraction changes pixels by less than the codec does."""
+    image = pictures.scene(*size)
+    data = pictures.encode(image, "JPEG", quality=88)
+    seen = imaging.decode(data, [view]).pixels[0].astype(int)
+    whole = imaging.decode(pictures.encode(Image.open(BytesIO(data)).convert("RGB"), "PNG"), [view]).pixels[0]
+    assert np.abs(seen - whole).mean() < 1.5
+    assert np.percentile(np.abs(seen - whole), 99) <= 8
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
     """A JPEG of many megapixels never has all its pixels in memory."""
     data = pictures.encode(pictures.scene(4000, 3000), "JPEG")
     exact = pictures.scene(4000, 3000).resize((256, 256), Image.Resampling.BOX)
-    pixels = imaging.decode(data, [(256, 256)]).pixels[0]
+    pixels = imaging.decode(data, [View(256, 256)]).pixels[0]
     assert np.abs(pixels.astype(int) - np.asarray(exact)).mean() < 2
 
 
@@ -137,7 +192,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
 def test_what_is_no_picture_is_refused_in_one_plain_line(data: bytes, reason: str) -> None:
     """The reason says what is wrong, without a class name or an address."""
     with pytest.raises(UndecodableImageError) as refused:
-        imaging.decode(data, [SIZE])
+        imaging.decode(data, [VIEW])
     assert refused.value.message == reason
 
 
@@ -146,7 +201,7 @@ def test_half_a_file_is_refused(codec: str) -> None:
     """An interrupted upload is not passed off as a picture."""
     data = pictures.encode(pictures.scene(), codec)
     with pytest.raises(UndecodableImageError):
-        imaging.decode(data[: len(data) // 2], [SIZE])
+        imaging.decode(data[: len(data) // 2], [VIEW])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +211,7 @@ def test_too_many_pixels_are_refused_before_any_is_allocated(data: bytes) -> Non
     """A small file that expands to hundreds of megapixels costs no memory."""
     before = peak_kibibytes()
     with pytest.raises(ImageTooLargeError, match="pixels, the limit is 100,000,000 in all"):
-        imaging.decode(data, [SIZE])
+        imaging.decode(data, [VIEW])
     assert peak_kibibytes() - before < 16 * 1024
 
 
@@ -170,15 +225,15 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     data = pictures.encode(pictures.scene(), "JPEG", progressive=True)
     last_scan = data[data.rindex(b"\xff\xda") : -2]
     with pytest.raises(UndecodableImageError, match="more than 100 scans"):
-        imaging.decode(data[:-2] + last_scan * 100 + data[-2:], [SIZE])
-    imaging.decode(data, [SIZE])
+        imaging.decode(data[:-2] + last_scan * 100 + data[-2:], [VIEW])
+    imaging.decode(data, [VIEW])
 
 
 @pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (17, 4001)])
 def test_odd_shapes_are_pictures_too(codec: str, size: tuple[int, int]) -> None:
     """One pixel, or one row of them, is stretched like any other picture."""
-    decoded = imaging.decode(pictures.encode(Image.new("RGB", size, pictures.LEFT), codec), [SIZE])
+    decoded = imaging.decode(pictures.encode(Image.new("RGB", size, pictures.LEFT), codec), [VIEW])
     assert (decoded.width, decoded.height) == size
     assert is_close(tuple(decoded.pixels[0].mean((0, 1)).astype(int)), pictures.LEFT)
 
@@ -187,24 +242,24 @@ def test_ycck_jpegs_are_decoded() -> None:
     """A JPEG as Photoshop stores it (Adobe marker, transform 2) comes out in colour."""
     data = bytearray(pictures.cmyk_jpeg())
     data[data.index(b"Adobe") + 11] = 2
-    assert imaging.decode(bytes(data), [SIZE]).pixels[0].shape == (32, 64, 3)
+    assert imaging.decode(bytes(data), [VIEW]).pixels[0].shape == (32, 64, 3)
 
 
 def test_pillows_own_check_is_a_second_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """What slips past our look at the header is still refused for its size."""
     monkeypatch.setattr(formats, "canvas_size", lambda data, media: None)
     with pytest.raises(ImageTooLargeError, match="too many pixels, the limit is 100,000,000 in all"):
-        imaging.decode(pictures.huge_gif_header(), [SIZE])
+        imaging.decode(pictures.huge_gif_header(), [VIEW])
 
 
 def test_limits_are_the_callers() -> None:
     """Pillow's own limits neither add to ours nor take from them."""
     data = pictures.jpeg()
     with pytest.raises(ImageTooLargeError, match=r"bytes, the limit is 1,000"):
-        imaging.decode(data, [SIZE], imaging.Limits(max_bytes=1000))
+        imaging.decode(data, [VIEW], imaging.Limits(max_bytes=1000))
     with pytest.raises(ImageTooLargeError, match=r"320 x 240 pixels"):
-        imaging.decode(data, [SIZE], imaging.Limits(max_pixels=320 * 240 - 1))
-    imaging.decode(data, [SIZE], imaging.Limits(max_bytes=len(data), max_pixels=320 * 240))
+        imaging.decode(data, [VIEW], imaging.Limits(max_pixels=320 * 240 - 1))
+    imaging.decode(data, [VIEW], imaging.Limits(max_bytes=len(data), max_pixels=320 * 240))
 
 
 def test_warnings_are_nobodys_fault() -> None:
@@ -213,7 +268,7 @@ def test_warnings_are_nobodys_fault() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with ThreadPoolExecutor(4) as pool:
-            decoded = list(pool.map(lambda _: imaging.decode(data, [SIZE]), range(16)))
+            decoded = list(pool.map(lambda _: imaging.decode(data, [VIEW]), range(16)))
     assert len(decoded) == 16
 
 
@@ -242,7 +297,9 @@ def test_damaged_pictures_raise_only_image_errors(data: st.DataObject) -> None:
 
 def decode_or_refuse(data: bytes) -> None:
     try:
-        decoded = imaging.decode(data, [(8, 8)], imaging.Limits(max_bytes=1_000_000, max_pixels=1_000_000))
+        decoded = imaging.decode(
+            data, [View(8, 8)], imaging.Limits(max_bytes=1_000_000, max_pixels=1_000_000)
+        )
     except ImageError as error:
         assert error.message  # noqa: PT017
         assert "\n" not in error.message  # noqa: PT017

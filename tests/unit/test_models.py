@@ -19,7 +19,7 @@ from tests.support import pictures
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tests share the machine
-SIZE = (SIDE_PIXELS, SIDE_PIXELS)
+VIEW = imaging.View(SIDE_PIXELS, SIDE_PIXELS)
 
 
 def batch_of(*arrays: np.ndarray) -> torch.Tensor:
@@ -28,7 +28,7 @@ def batch_of(*arrays: np.ndarray) -> torch.Tensor:
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    return imaging.decode(pictures.encode(image, "PNG"), [SIZE]).pixels[0]
+    return imaging.decode(pictures.encode(image, "PNG"), [VIEW]).pixels[0]
 
 
 def sharp_scene(index: int = 0) -> Image.Image:
@@ -145,11 +145,11 @@ def test_fingerprints_see_through_small_changes(change: object) -> None:
 
 
 def test_models_say_who_they_are() -> None:
-    """Each model has a name, a version, a digest that tells models apart, and one shared input size."""
+    """Each model has a name, a version, a digest that tells models apart, and one shared view."""
     models: list[Model] = load_models("builtin:quality, builtin:fingerprint", CPU)
     assert [model.name for model in models] == ["builtin:quality", "builtin:fingerprint"]
     assert [model.task for model in models] == ["classify", "embed"]
-    assert len({model.input_size for model in models}) == 1
+    assert len({model.view for model in models}) == 1
     assert len({model.digest for model in models}) == 2
     assert all(len(model.digest) == 64 and model.version for model in models)
     for model in models:

@@ -13,8 +13,8 @@ PER_SEED = 18  # every kind in every media type
 
 
 def pixels_of(samples: list[images.SamplePicture]) -> torch.Tensor:
-    size = (SIDE_PIXELS, SIDE_PIXELS)
-    decoded = [torch.from_numpy(imaging.decode(sample.data, [size]).pixels[0].copy()) for sample in samples]
+    view = imaging.View(SIDE_PIXELS, SIDE_PIXELS)
+    decoded = [torch.from_numpy(imaging.decode(sample.data, [view]).pixels[0].copy()) for sample in samples]
     return torch.stack(decoded).permute(0, 3, 1, 2)  # (N, 3, 256, 256) uint8
 
 
