@@ -16,7 +16,7 @@ from pipeline.broker import Publisher
 from pipeline.deadletters import FaultLimiter
 from pipeline.errors import ContractError, MillraceError, ModelError, RecordTooLargeError
 from pipeline.inference import Dropped, Engine, EngineOptions, Expired, Failed, Outcome, Predicted, Request
-from pipeline.models import load_models, resolve_device
+from pipeline.models import LoadOptions, load_models, resolve_device
 from pipeline.objects import ObjectStore
 from pipeline.settings import Settings
 
@@ -51,9 +51,8 @@ class Predict:
         """Load and warm up the models, then wait for the broker."""
         settings = self._settings
         device = resolve_device(settings.device)
-        models = await asyncio.to_thread(
-            load_models, settings.models, device, allow_python=settings.allow_python_models
-        )
+        options = LoadOptions.from_settings(settings)
+        models = await asyncio.to_thread(load_models, settings.models, device, options)
         self._model_versions = tuple((model.name, model.version) for model in models)
         self._engine = Engine(
             models,

@@ -281,5 +281,9 @@ def lateness(published: Sequence[float], rate_per_second: float, seed: int) -> l
 
 def _given(settings: Settings) -> dict[str, str]:
     """Hand the loops what decides about models and threads, wherever the settings came from."""
-    names = ("models", "device", "allow_python_models", "decode_threads", "torch_threads")
-    return {f"MILLRACE_{name.upper()}": str(getattr(settings, name)) for name in names}
+    names = (
+        "models", "allow_python_models", "allow_exported_models", "device", "precision", "torch_compile",
+        "max_batch_size", "decode_threads", "torch_threads",
+    )  # fmt: skip
+    given = {f"MILLRACE_{name.upper()}": str(getattr(settings, name)) for name in names}
+    return given | {"MILLRACE_MODEL_CACHE": str(settings.resolved_model_cache)}

@@ -20,7 +20,7 @@ import torch
 from loadtest.report import Timing
 from pipeline import imaging
 from pipeline.imaging import Limits, Picture, View
-from pipeline.models import Model, load_models, resolve_device, torch_threads
+from pipeline.models import LoadOptions, Model, load_models, resolve_device, torch_threads
 from pipeline.settings import Settings, load
 
 WARM_UP_IMAGES = 64
@@ -76,7 +76,7 @@ def run(kind: str, folder: Path, images: int, batch_size: int) -> Timing:
     """Time one loop over the files of a folder, repeated until `images` are done."""
     settings = load()
     device = resolve_device(settings.device)
-    models = load_models(settings.models, device, allow_python=settings.allow_python_models)
+    models = load_models(settings.models, device, LoadOptions.from_settings(settings))
     threads = torch_threads(models, settings.torch_threads)  # as the engine does
     if threads and device.type == "cpu":
         torch.set_num_threads(threads)

@@ -122,10 +122,22 @@ class Settings(BaseSettings):
         "builtin:quality,builtin:fingerprint",
         description="Models evaluated on each picture, comma-separated.",
     )
+    model_cache: Path | None = Field(
+        None, description="Folder with the weights of models; none: `models` in the data folder."
+    )
     allow_python_models: bool = Field(
         False, description="Allow models named python:MODULE:ATTRIBUTE, which run the code they name."
     )
+    allow_exported_models: bool = Field(
+        False, description="Allow models from local .pt2 files, which run code when they are loaded."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Numbers of a forward pass; auto: fewer bits if faster here and as good."
+    )
+    torch_compile: bool = Field(
+        False, description="Compile models with torch.compile; takes minutes at start, and a C++ compiler."
+    )
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         32, description="Most pictures in one forward pass."
     )
@@ -241,6 +253,11 @@ class Settings(BaseSettings):
     def resolved_object_store(self) -> str:
         """Object store URL, a folder in the data folder when none is set."""
         return self.object_store_url or str((self.data_dir / "objects").absolute())
+
+    @property
+    def resolved_model_cache(self) -> Path:
+        """Folder with the weights of models, in the data folder when none is set."""
+        return self.model_cache or self.data_dir.absolute() / "models"
 
     @property
     def resolved_gateway(self) -> str:

@@ -15,13 +15,16 @@ import torch
 from pipeline.errors import ConfigurationError
 from pipeline.models.builtin import FingerprintModel, QualityModel
 from pipeline.models.protocol import Model, Output, Task
+from pipeline.models.specification import LoadOptions
 
-__all__ = ["Model", "Output", "Task", "load_models", "resolve_device", "torch_threads"]
+__all__ = ["LoadOptions", "Model", "Output", "Task", "load_models", "resolve_device", "torch_threads"]
 
 _BUILTIN: dict[str, Callable[[torch.device], Model]] = {
     QualityModel.name: QualityModel,
     FingerprintModel.name: FingerprintModel,
 }
+
+_DEFAULTS = LoadOptions()
 
 
 def resolve_device(device: str) -> torch.device:
@@ -57,7 +60,7 @@ def torch_threads(models: Sequence[Model], wanted: int) -> int:
     return 1
 
 
-def load_models(spec: str, device: torch.device, *, allow_python: bool = False) -> list[Model]:
+def load_models(spec: str, device: torch.device, options: LoadOptions = _DEFAULTS) -> list[Model]:
     """Load the models of a comma-separated specification, in its order.
 
     Raises:
@@ -66,7 +69,7 @@ def load_models(spec: str, device: torch.device, *, allow_python: bool = False) 
     names = [name.strip() for name in spec.split(",") if name.strip()]
     if not names:
         raise ConfigurationError(f"MILLRACE_MODELS: names no model; known: {_known()}")
-    models = [_load(name, device, allow_python) for name in names]
+    models = [_load(name, device, options) for name in names]
     seen: set[str] = set()
     for model in models:
         if model.name in seen:
@@ -75,13 +78,13 @@ def load_models(spec: str, device: torch.device, *, allow_python: bool = False) 
     return models
 
 
-def _load(name: str, device: torch.device, allow_python: bool) -> Model:
+def _load(name: str, device: torch.device, options: LoadOptions) -> Model:
     if name in _BUILTIN:
         return _BUILTIN[name](device)
     source, _, rest = name.partition(":")
     if source != "python":
         raise ConfigurationError(f"MILLRACE_MODELS: unknown model {name!r}; known: {_known()}")
-    if not allow_python:
+    if not options.allow_python:
         raise ConfigurationError(
             f"MILLRACE_MODELS: {name!r} runs code; MILLRACE_ALLOW_PYTHON_MODELS=true allows it"
         )

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 from loadtest import images
 from pipeline import imaging
 from pipeline.errors import ConfigurationError
-from pipeline.models import Model, Output, load_models, resolve_device, torch_threads
+from pipeline.models import LoadOptions, Model, Output, load_models, resolve_device, torch_threads
 from pipeline.models.builtin import FINGERPRINT_DIMENSION, LABELS, SIDE_PIXELS, FingerprintModel, QualityModel
 from tests.support import pictures
 
@@ -189,7 +189,9 @@ def test_wrong_specifications_name_the_setting(spec: str, reason: str) -> None:
 
 def test_python_models_load_when_allowed() -> None:
     """With the setting, a specification may name code and give it options."""
-    (model,) = load_models("python:tests.support.models:sleeping?seconds=0", CPU, allow_python=True)
+    (model,) = load_models(
+        "python:tests.support.models:sleeping?seconds=0", CPU, LoadOptions(allow_python=True)
+    )
     assert model.forward(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)) == [Output(score=1.0)] * 2
 
 
@@ -197,13 +199,13 @@ def test_python_models_load_when_allowed() -> None:
 def test_python_models_that_do_not_load_are_a_configuration_error(rest: str) -> None:
     """A wrong module, attribute or factory is reported, not raised."""
     with pytest.raises(ConfigurationError, match="does not load"):
-        load_models(f"python:{rest}", CPU, allow_python=True)
+        load_models(f"python:{rest}", CPU, LoadOptions(allow_python=True))
 
 
 def test_models_too_small_to_share_get_one_thread() -> None:
     """The built-in models run on one thread unless somebody says otherwise; of others torch decides."""
     builtin = load_models("builtin:quality,builtin:fingerprint", CPU)
-    other = load_models("python:tests.support.models:sleeping?seconds=0", CPU, allow_python=True)
+    other = load_models("python:tests.support.models:sleeping?seconds=0", CPU, LoadOptions(allow_python=True))
     assert [torch_threads(models, 0) for models in (builtin, other, [*builtin, *other])] == [1, 0, 0]
     assert torch_threads(builtin, 4) == 4
 
