@@ -35,11 +35,14 @@ from pipeline.errors import ImageTooLargeError, MillraceError, UndecodableImageE
 
 #: Transparent pixels show this: what a page shows behind a picture, and what JPEG exports of one have.
 BACKGROUND = (255, 255, 255)
-# Decode to at least this multiple of the wanted size before the exact resize. Pillow's documentation calls
-# the result of 2.0 hard to tell from a resize of the full picture; a large JPEG decodes about 8 times faster.
+# Reduce to at least this multiple of the wanted size before the exact resize. Pillow's documentation calls
+# the result of 2.0 hard to tell from a resize of the full picture.
 REDUCING_GAP = 2.0
-# The same for the fractions (1/2, 1/4, 1/8) at which libjpeg decodes.
-JPEG_GAP = 2.0
+# libjpeg decodes at 1/2, 1/4 or 1/8, the smallest that still has this multiple of the wanted size. Textured
+# pictures then differ from a full decode by 0.8 of 255 in the mean and 11 at the 99th percentile at most, less than
+# JPEG itself changes; sizes that come nearer to an exact fraction reach 2.3 and 32.
+# A 1280 x 960 picture for 224 pixels takes 3.9 ms; 6.9 ms with 2.0, 11.7 ms with a full decode and resize.
+JPEG_GAP = 1.5
 # A picture this large holds up to 4 bytes a pixel while it is decoded; one at a time, or a pool of 16 threads
 # could hold 6 GiB of them.
 LARGE_PIXELS = 16_000_000
@@ -121,9 +124,12 @@ class View:
         width, height = picture
         if self.shorter_side is None:
             return 0.0, 0.0, float(width), float(height)
-        scale = min(picture) / self.shorter_side
-        left, top = (width - self.width * scale) / 2, (height - self.height * scale) / 2
-        return left, top, left + self.width * scale, top + self.height * scale
+        # Rounded as torchvision's Resize and CenterCrop do: half a pixel beside it is another picture to a model.
+        resized = [int(self.shorter_side * side / min(picture)) for side in picture]
+        across, down = width / resized[0], height / resized[1]
+        left = round((resized[0] - self.width) / 2) * across
+        top = round((resized[1] - self.height) / 2) * down
+        return left, top, left + self.width * across, top + self.height * down
 
 
 @dataclass(frozen=True, slots=True)

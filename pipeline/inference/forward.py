@@ -165,9 +165,7 @@ class Forward:
 
     def _gather(self, works: list[Work], view: View) -> torch.Tensor | list[torch.Tensor]:
         """Put what the pictures look like in one view onto the device."""
-        pictures = [
-            work.picture.pixels[work.views.index(view)] for work in works if work.picture is not None
-        ]
+        pictures = [work.picture.pixels[work.views.index(view)] for work in works if work.picture is not None]
         if view.fit == "inside":  # of different sizes
             return [self._to_device(np.stack([pixels]))[0] for pixels in pictures]
         return self._to_device(np.stack(pictures))

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from loadtest import images
 from pipeline import formats, imaging
 from pipeline.errors import ImageError, ImageTooLargeError, UndecodableImageError
 from pipeline.imaging import View
@@ -133,13 +134,13 @@ def test_a_crop_is_the_centre_of_a_resize(
     pixels = imaging.decode(pictures.encode(stored, "PNG", exif=exif), [view]).pixels[0]
     scale = 128 / min(size)
     resized = upright.resize(
-        (round(size[0] * scale), round(size[1] * scale)), Image.Resampling[resampling.upper()]
+        (int(size[0] * scale), int(size[1] * scale)), Image.Resampling[resampling.upper()]
     )
-    left, top = (resized.width - 112) // 2, (resized.height - 96) // 2
+    left, top = round((resized.width - 112) / 2), round((resized.height - 96) / 2)
     expected = np.asarray(resized.crop((left, top, left + 112, top + 96)))
     assert pixels.shape == expected.shape
-    # Half a pixel of the result may lie between the two: one cuts first, the other rounds first.
-    assert np.abs(pixels.astype(int) - expected).mean() < 4
+    # Turned pictures are cut where they lie: the odd pixel may fall to the other side.
+    assert np.abs(pixels.astype(int) - expected).mean() < (1 if orientation == 6 else 0.01)
 
 
 @pytest.mark.parametrize(
@@ -159,15 +160,15 @@ def test_a_view_that_makes_no_sense_is_refused(fit: Literal["stretch", "crop"], 
 
 
 @pytest.mark.parametrize("view", [View(224, 224), View(224, 224, "crop", 256), View(320, 200, "inside")])
-@pytest.mark.parametrize("size", [(1280, 960), (1900, 1100), (900, 600), (511, 513)])
+@pytest.mark.parametrize("size", [(1280, 960), (1150, 1150), (600, 900)])
 def test_a_fraction_shows_what_the_whole_picture_shows(view: View, size: tuple[int, int]) -> None:
-    """Decoding a JPEG at a fraction changes pixels by less than the codec does."""
-    image = pictures.scene(*size)
-    data = pictures.encode(image, "JPEG", quality=88)
-    seen = imaging.decode(data, [view]).pixels[0].astype(int)
-    whole = imaging.decode(pictures.encode(Image.open(BytesIO(data)).convert("RGB"), "PNG"), [view]).pixels[0]
-    assert np.abs(seen - whole).mean() < 1.5
-    assert np.percentile(np.abs(seen - whole), 99) <= 8
+    """A JPEG decoded at a fraction differs from its full decode by less than JPEG changes the picture."""
+    data = images.draw_photo(5, 0, *size)
+    whole = pictures.encode(Image.open(BytesIO(data)), "PNG")
+    seen, expected = (imaging.decode(one, [view]).pixels[0].astype(int) for one in (data, whole))
+    difference = np.abs(seen - expected)
+    assert difference.mean() < 1.0
+    assert np.percentile(difference, 99) <= 12
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:

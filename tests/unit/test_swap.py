@@ -117,9 +117,9 @@ async def test_a_swap_ends_with_the_engine() -> None:
 async def test_boxes_are_in_pixels_of_the_picture() -> None:
     """Boxes come back from what the model saw, whatever the view, cut off at the edges of the picture."""
     expected = {
-        View(32, 32): Box("a", 0.5, 0.0, 30.0, 160.0, 60.0),
-        View(32, 32, "crop", 40): Box("a", 0.5, 103.0, 36.0, 160.0, 60.0),
-        View(64, 24, "inside"): Box("a", 0.5, 0.0, 40.0, 80.0, 80.0),
+        View(32, 32): Box("a", 0.5, 0.0, 30.0, 180.0, 60.0),
+        View(32, 32, "crop", 40): Box("a", 0.5, 123.0, 36.0, 180.0, 60.0),
+        View(64, 24, "inside"): Box("a", 0.5, 0.0, 45.71, 90.0, 91.43),
     }
     for view, box in expected.items():
 
@@ -130,6 +130,6 @@ async def test_boxes_are_in_pixels_of_the_picture() -> None:
         model = BehavingModel("boxes", behave)
         model.view = view
         async with running(model) as bench:
-            name = bench.submit(pictures.encode(pictures.scene(320, 120), "PNG"))
+            name = bench.submit(pictures.encode(pictures.scene(360, 120), "PNG"))
             outcomes = await bench.finished()
         assert predicted(outcomes[name]).results[0].boxes == (box,), view
