@@ -141,6 +141,9 @@ class Settings(BaseSettings):
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         32, description="Most pictures in one forward pass."
     )
+    max_batch_bytes: Count = Field(
+        256 * 1024 * 1024, description="Most bytes of decoded pictures in one forward pass."
+    )
     decode_threads: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="Decoder threads; 0: one per core."
     )

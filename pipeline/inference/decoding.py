@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import imaging, metrics
-from pipeline.batching import Turns
+from pipeline.batching import Coming, Turns
 from pipeline.errors import ContractError, MillraceError, MissingImageError, UndecodableImageError
 from pipeline.inference.outcomes import Work
 from pipeline.topics import Lane
+
+# Of the newest decode in the running mean: a few dozen pictures are remembered.
+DECODE_SECONDS_WEIGHT = 0.05
 
 
 class Decoder:
@@ -29,6 +32,9 @@ class Decoder:
         on_finished: Callable[[], None],
     ) -> None:
         self.finished: deque[Work] = deque()
+        self._inside: dict[Lane, int] = {"realtime": 0, "bulk": 0}
+        self._threads = threads
+        self._seconds = 0.0
         self.views = tuple(views)
         self._limits = limits
         self._on_finished = on_finished
@@ -44,8 +50,24 @@ class Decoder:
 
     def add(self, work: Work) -> None:
         """Queue a record whose bytes are here."""
+        self._inside[work.request.lane] += 1
         self._waiting[work.request.lane].append(work)
         self._pool.submit(self._decode_next)
+
+    def take_finished(self) -> Work | None:
+        """Return the next record that is decoded or failed to; called by the thread that adds."""
+        if not self.finished:
+            return None
+        work = self.finished.popleft()
+        self._inside[work.request.lane] -= 1
+        if work.decode_ended_at:
+            spent = work.decode_ended_at - work.decode_started_at
+            self._seconds += (spent - self._seconds) * DECODE_SECONDS_WEIGHT
+        return work
+
+    def coming(self) -> Coming:
+        """Return what is still in here, and how often one comes out."""
+        return Coming(self._inside, self._seconds / self._threads)
 
     def stop(self) -> None:
         """Take no new work and forget what no thread has started; does not wait."""

@@ -18,6 +18,7 @@ import torch
 
 from pipeline import logs, metrics
 from pipeline.batching import Batcher
+from pipeline.cost_model import CostModel
 from pipeline.errors import ConfigurationError, FatalError
 from pipeline.imaging import Limits
 from pipeline.inference.decoding import Decoder
@@ -43,6 +44,7 @@ class EngineOptions:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     max_batch_size: int = 32
+    max_batch_bytes: int = 256 * 1024 * 1024
     decode_threads: int = 0
     torch_threads: int = 0
     limits: Limits = field(default_factory=Limits)
@@ -55,6 +57,7 @@ class EngineOptions:
         return cls(
             device=device,
             max_batch_size=settings.max_batch_size,
+            max_batch_bytes=settings.max_batch_bytes,
             decode_threads=settings.decode_threads,
             torch_threads=settings.torch_threads,
             limits=Limits(settings.max_image_bytes, settings.max_image_pixels),
@@ -85,7 +88,7 @@ class Engine:
         self._deliver_outcomes = deliver
         self._forward = Forward(models, options.device)
         self._torch_threads = torch_threads(models, options.torch_threads)
-        self._batcher: Batcher[Work] = Batcher(options.max_batch_size)
+        self._batcher: Batcher[Work] = Batcher(options.max_batch_size, options.max_batch_bytes)
         threads = options.decode_threads or len(
             os.sched_getaffinity(0)
         )  # a container has fewer than the machine
@@ -107,6 +110,7 @@ class Engine:
         self._on_device: Batch | None = None
         self._dispatched_at = 0.0
         self._hang_timer: asyncio.TimerHandle | None = None
+        self._wait_timer: asyncio.TimerHandle | None = None
         self._device_queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._wake_is_coming = False
         self._draining = False
@@ -177,6 +181,8 @@ class Engine:
         """
         self._draining = True
         self._fetcher.drain()
+        if not self._stopped:
+            self._dispatch()  # what waits for company
         if self._open and not self._stopped and not self.fatal.done():
             self._all_done = self._loop.create_future()
             await asyncio.wait(
@@ -188,8 +194,9 @@ class Engine:
         self._fetcher.stop()
         self._decoder.stop()
         self._device_queue.put(None)
-        if self._hang_timer is not None:
-            self._hang_timer.cancel()
+        for timer in (self._hang_timer, self._wait_timer):
+            if timer is not None:
+                timer.cancel()
         self._deliver([(work, Dropped()) for work in self._open if not work.is_claimed])
         self._open_room()
 
@@ -207,6 +214,7 @@ class Engine:
         if not all(work.is_claimed or forward.can_take(work) for work in self._open):
             return
         self._forward, self._next_forward = forward, None
+        self._batcher.costs = CostModel()
         self._decoder.show(forward.views)
         self._room_records = self._room()
         if self._swapped is not None and not self._swapped.done():
@@ -246,11 +254,10 @@ class Engine:
         if self._stopped:
             return
         settled = []
-        while self._decoder.finished:
-            work = self._decoder.finished.popleft()
+        while (work := self._decoder.take_finished()) is not None:
             self._fetcher.release(work)
             if work.error is None and not work.is_expired:
-                self._batcher.add(work, work.request.lane, work.deadline)
+                self._batcher.add(work, work.request.lane, work.deadline, work.pixel_bytes)
             else:
                 self._ahead -= 1
                 settled.append(self._settle(work))
@@ -277,7 +284,8 @@ class Engine:
         settled: list[tuple[Work, Outcome]] = []
         self._switch()
         while self._on_device is None and len(self._batcher) and not self._stopped and not self.fatal.done():
-            cut = self._batcher.cut(time.monotonic(), draining=self._draining)
+            now = time.monotonic()
+            cut = self._batcher.cut(now, self._decoder.coming(), draining=self._draining)
             self._ahead -= len(cut.items) + len(cut.expired)
             settled += [self._settle(work) for work in cut.expired]
             ours = [work for work in cut.items if self._claim(work)]
@@ -294,7 +302,17 @@ class Engine:
                     self._hang_timer = self._loop.call_later(
                         self._options.batch_hang_seconds, self._check_hang
                     )
+            elif cut.wait_until is not None:
+                if self._wait_timer is None:
+                    self._wait_timer = self._loop.call_later(cut.wait_until - now, self._end_wait)
+                break
         self._deliver(settled)
+
+    def _end_wait(self) -> None:
+        """Dispatch what has waited for company long enough."""
+        self._wait_timer = None
+        self._dispatch()
+        self._open_room()
 
     def _check_hang(self) -> None:
         """Look whether one pass takes too long; a batch that is being bisected has many."""
@@ -322,6 +340,8 @@ class Engine:
             )
         else:
             self._batcher.fitted(len(report.batch.works))
+            if report.seconds is not None:
+                self._batcher.costs.observe(len(report.batch.works), report.seconds)
         # A caller that sees failures may claim nothing more; else the device goes first, publication can wait.
         has_failed = any(isinstance(outcome, Failed) for _, outcome in report.outcomes)
         if has_failed:

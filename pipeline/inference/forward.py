@@ -43,10 +43,15 @@ class Batch:
 
 @dataclass(slots=True)
 class Report:
-    """What became of a batch; `out_of_memory_at` is the smallest number of records that did not fit."""
+    """What became of a batch.
+
+    `seconds` is what the pass took, if it was one whole pass; `out_of_memory_at` is the smallest number of records
+    that did not fit.
+    """
 
     batch: Batch
     outcomes: list[tuple[Work, Outcome]] = field(default_factory=list)
+    seconds: float | None = None
     out_of_memory_at: int | None = None
     fatal: FatalError | None = None
 
@@ -106,6 +111,8 @@ class Forward:
         seconds = time.monotonic() - started_at
         metrics.FORWARD_SECONDS.observe(seconds)
         if reason is None:
+            if len(works) == len(report.batch.works):
+                report.seconds = seconds
             self._note_results(works, results, cut, report, started_at, seconds)
             return
         if is_memory:

@@ -95,6 +95,11 @@ class Work:
             deadline = time.monotonic() + (expires_at - datetime.now(UTC)).total_seconds()
         return cls(request, request.event.data, deadline)
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Size of what was decoded."""
+        return 0 if self.picture is None else sum(pixels.nbytes for pixels in self.picture.pixels)
+
     def is_past_deadline(self) -> bool:
         """Whether working on it is worth nothing."""
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -104,4 +109,5 @@ class Work:
         record, expires_at = self.request.record, self.request.event.expires_at
         receipt = Receipt(topic=record.topic, partition=record.partition, offset=record.offset)
         when = expires_at.isoformat() if expires_at else "unknown"
-        return Expired(f"past its deadline, {when}", receipt)
+        reason = "past its deadline" if self.is_past_deadline() else "cannot be ready by its deadline"
+        return Expired(f"{reason}, {when}", receipt)

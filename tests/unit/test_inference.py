@@ -123,6 +123,7 @@ def test_options_come_from_the_settings() -> None:
     """Every setting of the inference section reaches the engine."""
     values = load(
         max_batch_size=5,
+        max_batch_bytes=11,
         decode_threads=3,
         torch_threads=2,
         max_image_bytes=10,
@@ -130,7 +131,9 @@ def test_options_come_from_the_settings() -> None:
         missing_object_grace_seconds=1.5,
         batch_hang_seconds=7.5,
     )
-    assert EngineOptions.from_settings(values, CPU) == EngineOptions(CPU, 5, 3, 2, Limits(10, 20), 1.5, 7.5)
+    assert EngineOptions.from_settings(values, CPU) == EngineOptions(
+        CPU, 5, 11, 3, 2, Limits(10, 20), 1.5, 7.5
+    )
 
 
 async def test_stopping_finishes_what_was_submitted() -> None:
