@@ -125,7 +125,7 @@ class Archive:
             event = events.decode_image(record)
         except ContractError:
             return None
-        return None if event.purpose == "query" else event
+        return None if event.purpose == events.QUERY else event
 
     async def _save(self, pictures: Sequence[Picture]) -> list[Picture]:
         """Store rows and note what became of them; return those that were not refused, which are finished."""

@@ -102,5 +102,6 @@ async def publish_dead_letter(
 
 
 def _identifying(record: Record) -> Headers:
-    """Keep the headers that a redrive needs and that are small by contract."""
-    return tuple((name, value) for name, value in record.headers if name == "ce_id" and len(value) < 2048)
+    """Keep the headers that a redrive or `store` needs and that are small by contract."""
+    kept = {"ce_id", "ce_purpose"}
+    return tuple((name, value) for name, value in record.headers if name in kept and len(value) < 2048)

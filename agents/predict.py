@@ -180,6 +180,7 @@ class Predict:
             models=outcome.results if isinstance(outcome, Predicted) else (),
             reason=None if isinstance(outcome, Predicted) else outcome.reason,
             traceparent=event.traceparent,
+            purpose=event.purpose,
         )
 
     async def _dead_letter(self, delivered: Delivered, error: MillraceError) -> None:

@@ -6,8 +6,11 @@ else; what decodes today decodes for ever (`tests/golden/`).
 """
 
 import base64
+import binascii
 import hashlib
 import re
+import sys
+from array import array
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -16,6 +19,8 @@ import msgspec
 from pipeline.errors import ContractError
 
 IMAGE_TYPE = "millrace.image.v1"
+#: `ce_purpose` of a picture that is only searched with: neither it nor what becomes of it is kept.
+QUERY = "query"
 PREDICTION_TYPE = "millrace.prediction.v1"
 
 MAX_ID_CHARACTERS = 512  # an id is a name, not a payload; it is a primary key in PostgreSQL
@@ -146,6 +151,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     models: tuple[ModelResult, ...] = ()
     reason: str | None = None
     traceparent: str | None = None
+    #: The image event's; the outcome of a `query` is for whoever waits for it, and is not stored.
+    purpose: str | None = None
 
 
 _prediction_encoder = msgspec.json.Encoder()
@@ -164,6 +171,24 @@ def prediction_id(image_id: str, deployment: str, models: tuple[tuple[str, str],
 def encode_embedding(values: bytes) -> str:
     """Encode little-endian float32 bytes for a `ModelResult`."""
     return base64.b64encode(values).decode("ascii")
+
+
+def decode_embedding(encoded: str, dimension: int | None) -> "array[float]":
+    """Read the `embedding` of a `ModelResult`.
+
+    Raises:
+        ContractError: it is not base64 of float32 numbers, or not as many as it says.
+    """
+    numbers = array("f")
+    try:
+        numbers.frombytes(base64.b64decode(encoded, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise ContractError(f"an embedding is not base64 of float32 numbers: {error}") from None
+    if not numbers or len(numbers) != dimension:
+        raise ContractError(f"an embedding has {len(numbers)} numbers and says it has {dimension}")
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
 
 
 def encode_image(event: ImageEvent) -> Outgoing:
@@ -258,6 +283,11 @@ def only_group(record: Record) -> str | None:
     return value.decode("utf-8", "replace") if value else None
 
 
+def is_query(record: Record) -> bool:
+    """Whether the record is a picture that is only searched with, or its dead letter; never raises."""
+    return record.header("ce_purpose") == QUERY.encode()
+
+
 def attempts(record: Record) -> int:
     """Return how often this record was redriven before; never raises, unreadable counts as 0."""
     value = record.header("millrace-attempts") or b"0"
@@ -276,6 +306,8 @@ def encode_prediction(prediction: Prediction) -> Outgoing:
     ]
     if prediction.traceparent:
         headers.append(("traceparent", prediction.traceparent))
+    if prediction.purpose:  # as a header too, so that it can be passed by unread
+        headers.append(("ce_purpose", prediction.purpose))
     return Outgoing(
         prediction.image_id.encode(),
         _prediction_encoder.encode(prediction),
