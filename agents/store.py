@@ -1,10 +1,12 @@
-"""The `store` step: predictions and dead letters into PostgreSQL.
+"""The `store` step: predictions and dead letters into PostgreSQL, and the indexes that search needs.
 
 One transaction per batch; a batch the database refuses is halved until the guilty record is alone. Dead
-letters end here: one is never dead-lettered again, but cut down to what the table takes.
+letters end here: one is never dead-lettered again, but cut down to what the table takes. What became of a
+picture that was only searched with is passed by.
 """
 
 import asyncio
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import msgspec
 
 from agents.delivery import Delivered, Delivery
 from agents.durable import forever, isolate, publish_dead_letter
-from pipeline import events, logs, metrics
+from pipeline import events, logs, metrics, vector_indexes
 from pipeline.broker import Publisher
 from pipeline.database import Database
 from pipeline.deadletters import DeadLetter, decode_dead_letter
@@ -24,6 +26,9 @@ from pipeline.topics import DEAD_LETTERS, PREDICTIONS
 from pipeline.writes import storable
 
 log = logs.get(__name__)
+
+# How soon a new model's vectors get their index: until then they are searched exactly.
+INDEX_INTERVAL_SECONDS = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +72,27 @@ class Store:
 
     async def run(self, delivery: Delivery) -> None:
         """Write one batch after the other; what arrives meanwhile is the next one."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._pump(delivery))
+            group.create_task(self._maintain_indexes())
+
+    async def _pump(self, delivery: Delivery) -> None:
         while True:
             batch = await delivery.take(self._settings.store_batch_records, self._settings.store_batch_bytes)
             await self._store([delivered for delivered in batch if delivered.claim()])
+
+    async def _maintain_indexes(self) -> None:
+        """Keep the indexes of search; whatever goes wrong with them, storing goes on."""
+        settings = self._settings
+        while True:
+            try:
+                await vector_indexes.maintain(settings.resolved_database, settings.search_index_embeddings)
+            except MillraceError as error:
+                log.warning("search indexes are left as they are", error=error.message)
+            except Exception:
+                log.exception("search indexes are left as they are")
+            # Replicas that began together do not ask together.
+            await asyncio.sleep(INDEX_INTERVAL_SECONDS * random.uniform(0.75, 1.25))
 
     async def reject(self, delivered: Delivered, error: MillraceError) -> None:
         """Finish a record that killed us, unopened.
@@ -77,7 +100,9 @@ class Store:
         A prediction becomes a dead letter; a dead letter is stored without its value.
         """
         record = delivered.record
-        if record.topic == self._dead_letters_topic:
+        if events.is_query(record):
+            delivered.finish("skipped")
+        elif record.topic == self._dead_letters_topic:
             letter = decode_dead_letter(msgspec.structs.replace(record, value=None))
             reason = f"{letter.reason} (its value was left out: {error.message})"
             bare = msgspec.structs.replace(
@@ -94,7 +119,9 @@ class Store:
         undecodable: list[tuple[Delivered, MillraceError, str | None]] = []
         for delivered in batch:
             record = delivered.record
-            if record.topic == self._dead_letters_topic:
+            if events.is_query(record):  # its outcome is for whoever searches
+                delivered.finish("skipped")
+            elif record.topic == self._dead_letters_topic:
                 decoded.append(Decoded(delivered, letter=decode_dead_letter(record)))
             elif events.only_group(record) not in {None, self._group}:
                 delivered.finish("skipped")

@@ -2,7 +2,16 @@
 
 from datetime import UTC, datetime
 
-from gateway.views import DeploymentState, ImageView, Predictions, PredictionView, links
+from gateway.views import (
+    DeploymentState,
+    ImageView,
+    Predictions,
+    PredictionView,
+    SearchedWith,
+    Similar,
+    SimilarImage,
+    links,
+)
 from pipeline.events import ModelResult, Receipt
 
 _ID = "0b0fb4c5e1b84c9b8d2f8a52c8f3f0c1"
@@ -38,3 +47,17 @@ PREDICTED = ImageView(
     predictions=(_PREDICTION,),
 )  # fmt: skip
 PREDICTIONS = Predictions(_ID, (_PREDICTION,))
+SIMILAR = Similar(
+    query=SearchedWith(
+        deployment="default", model="builtin:fingerprint", version="1", dimension=256, image_id=_ID
+    ),
+    mode="approximate",
+    images=tuple(
+        SimilarImage(
+            id=image_id, score=score, links=links(image_id), published_at=_TIME, source="millrace/gateway",
+            labels={"builtin:quality": "keep"},
+        )
+        for image_id, score in ((_ID, 1.0), ("cat-7", 0.9931), ("dog-2", 0.4127))
+    ),
+    next_cursor="hKZmb3JtYXQB",
+)  # fmt: skip

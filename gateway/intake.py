@@ -8,6 +8,8 @@ the same row, so a database that is down delays a GET and never fails an upload.
 import asyncio
 import hashlib
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -22,7 +24,7 @@ from pipeline.events import ImageEvent
 from pipeline.objects import ObjectStore, image_key
 from pipeline.results import ImageRow
 from pipeline.settings import Settings
-from pipeline.topics import LANES, MAX_INLINE_IMAGE_BYTES, Lane
+from pipeline.topics import IMAGES_REALTIME, LANES, MAX_INLINE_IMAGE_BYTES, Lane
 
 SOURCE = "millrace/gateway"
 # A broker that leads takes milliseconds; a client should hear of one that does not before it gives up itself.
@@ -124,14 +126,7 @@ class Intake:
                 return Accepted(
                     image_id, known, picture.sha256, len(picture.data), content_type, replayed=True
                 )
-        dataref = None
-        if len(picture.data) > MAX_INLINE_IMAGE_BYTES:
-            dataref = image_key(image_id, picture.sha256)
-            try:
-                async with asyncio.timeout(OBJECT_SECONDS):
-                    await self._objects.put(dataref, picture.data)
-            except TimeoutError:
-                raise DependencyError(f"the object store took longer than {OBJECT_SECONDS:g} s") from None
+        dataref = await self._keep_large(picture, image_id)
         event = ImageEvent(
             id=image_id,
             data=b"" if dataref else picture.data,
@@ -147,6 +142,58 @@ class Intake:
         place = await self._publisher.publish(topic, events.encode_image(event))
         await self._rows.write(_row(event, accepted, place))
         return accepted
+
+    @asynccontextmanager
+    async def lend(
+        self, picture: Picture, image_id: str, *, group: str, expires_at: datetime
+    ) -> AsyncIterator[None]:
+        """Publish a picture that one group shall look at and nobody shall keep; after the block it is gone.
+
+        Only Kafka has its record until retention takes it; no group but this one reads it.
+
+        Raises:
+            Problem, RecordTooLargeError, DependencyError: as `accept` does.
+        """
+        content_type = check_picture(picture)
+        dataref = await self._keep_large(picture, image_id)
+        try:
+            event = ImageEvent(
+                id=image_id,
+                data=b"" if dataref else picture.data,
+                dataref=dataref,
+                sha256=picture.sha256,
+                source=SOURCE,
+                time=datetime.now(UTC),
+                content_type=content_type,
+                expires_at=expires_at,
+                purpose=events.QUERY,
+                only_group=group,
+            )
+            topic = self._settings.topic(IMAGES_REALTIME.name)
+            await self._publisher.publish(topic, events.encode_image(event))
+            yield
+        finally:
+            if dataref is not None:
+                await self._drop(dataref)
+
+    async def _keep_large(self, picture: Picture, image_id: str) -> str | None:
+        """Put a picture that is too large for a record into the object store, and return its key there."""
+        if len(picture.data) <= MAX_INLINE_IMAGE_BYTES:
+            return None
+        key = image_key(image_id, picture.sha256)
+        try:
+            async with asyncio.timeout(OBJECT_SECONDS):
+                await self._objects.put(key, picture.data)
+        except TimeoutError:
+            raise DependencyError(f"the object store took longer than {OBJECT_SECONDS:g} s") from None
+        return key
+
+    async def _drop(self, key: str) -> None:
+        try:
+            async with asyncio.timeout(OBJECT_SECONDS):
+                await self._objects.delete([key])
+        except (DependencyError, TimeoutError):
+            log.warning("a query's picture is left to retention", object_key=key)
 
     def forget(self, image_id: str) -> None:
         """Let a deleted id be used for another picture."""

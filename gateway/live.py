@@ -55,6 +55,8 @@ class Live:
         self._watches: dict[str, set[Watch]] = {}
         self._count = 0
         self._task: asyncio.Task[None] | None = None
+        #: Set once results are being read: whatever is published from then on is seen.
+        self.reading = asyncio.Event()
         #: Set when the gateway shuts down: whoever waits should answer with what there is.
         self.stopping = asyncio.Event()
 
@@ -113,6 +115,7 @@ class Live:
 
     async def _follow(self) -> None:
         await self._reader.start()
+        self.reading.set()
         while True:
             try:
                 async for record in self._reader:

@@ -47,14 +47,16 @@ KINDS: dict[str, tuple[int, str]] = {
     "method_not_allowed": (405, "The resource does not know this method"),
     "upload_stalled": (408, "The upload stopped half-way"),
     "id_conflict": (409, "The id belongs to another picture"),
+    "no_embedding": (409, "The image has no embedding to search with"),
     "gone": (410, "The picture is no longer kept"),
     "unsupported_media_type": (415, "The body is of a kind that is not read here"),
     "invalid_request": (422, "A parameter is not valid"),
     "idempotency_key_reused": (422, "The idempotency key belongs to another picture"),
     "batch_refused": (422, "No picture of the batch was accepted"),
     "internal": (500, "The gateway failed"),
-    "overloaded": (503, "More uploads are open than fit into memory"),
+    "overloaded": (503, "More requests are open than the gateway can hold"),
     "stopping": (503, "The gateway is shutting down"),
+    "search_timeout": (504, "No worker embedded the picture in time"),
     "http": (400, "The request failed"),
 }
 _BY_STATUS = {

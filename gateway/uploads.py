@@ -126,6 +126,20 @@ async def read_parts(request: Request, max_image_bytes: int, held: Held) -> Asyn
         yield part
 
 
+async def read_document(request: Request, max_bytes: int) -> bytes:
+    """Return a whole body that is no picture.
+
+    Raises:
+        Problem: it is larger than allowed, or stalls.
+    """
+    body = bytearray()
+    async for chunk in _chunks(request):
+        body += chunk
+        if len(body) > max_bytes:
+            raise Problem("malformed_request", f"The body has more than {max_bytes:,} bytes.", status=413)
+    return bytes(body)
+
+
 def too_large(max_image_bytes: int) -> Problem:
     """Return the refusal of a picture above the limit."""
     detail = f"The picture has more than {max_image_bytes:,} bytes."

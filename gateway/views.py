@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from pipeline.events import ModelResult, Receipt
 from pipeline.results import State as State
+from pipeline.vectors import Mode
 
 _encoder = msgspec.json.Encoder()
 _described: set[type] = set()
@@ -94,6 +95,41 @@ class Batch(msgspec.Struct, frozen=True):
     accepted: int
     refused: int
     images: tuple[BatchItem, ...]
+
+
+class SearchedWith(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was searched with: an embedding of this version of this model, in this deployment."""
+
+    deployment: str
+    model: str
+    version: str
+    dimension: int
+    #: None for an uploaded picture.
+    image_id: str | None = None
+
+
+class SimilarImage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An image that was found."""
+
+    id: str
+    #: Cosine similarity of the embeddings: 1 for the same direction, 0 for unrelated or opposite ones.
+    score: float
+    links: Links
+    published_at: datetime
+    source: str | None = None
+    #: The label of each model of the deployment that gives labels.
+    labels: dict[str, str] = {}
+
+
+class Similar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One page of the nearest images, nearest first."""
+
+    query: SearchedWith
+    #: How it was searched: `approximate` becomes `exact` where an index would find less.
+    mode: Mode
+    images: tuple[SimilarImage, ...]
+    #: Give this as `cursor` for the next page; absent on the last one.
+    next_cursor: str | None = None
 
 
 def links(image_id: str) -> Links:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
 import msgspec
@@ -46,16 +46,11 @@ def parse_start(text: str) -> Start:
     if text == "earliest":
         return "earliest"
     try:
-        return datetime.now(UTC) - durations.parse(text)
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
+        return durations.moment(text)
     except ValueError:
         raise ValueError(
             f"{text!r} is not latest, earliest, an age such as 5m or a time such as 2026-01-31T12:00Z"
         ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 async def get(settings: Settings, image_id: str, wait_seconds: float, deployment: str, as_json: bool) -> int:

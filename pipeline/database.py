@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from pipeline import writes
+from pipeline import search, writes
 from pipeline.deadletters import DeadLetter
 from pipeline.errors import DependencyError
 from pipeline.events import Prediction
@@ -30,11 +30,13 @@ from pipeline.results import (
 )
 from pipeline.settings import Settings
 from pipeline.topics import DEAD_LETTERS
+from pipeline.vectors import After, Embedding, Filters, Found, Mode, Space
 
 # "deletion" in ASCII: writers hold it shared, `delete_image` alone.
 _DELETION_LOCK = 0x64656C6574696F6E
 # Longer than any record that was published before a deletion stays readable.
 _TOMBSTONE = timedelta(seconds=DEAD_LETTERS.retention_seconds)
+NO_FILTERS = Filters()
 
 
 class Database:
@@ -132,6 +134,30 @@ class Database:
         """Return predictions, newest first; `before` is the position of the last one of the page before."""
         rows = await self._pool.rows("recent_predictions", limit, before, deployment)
         return [read_prediction(row) for row in rows]
+
+    async def vectors(self, image_id: str, deployment: str) -> list[Embedding]:
+        """Return the vectors of an image's newest prediction in a deployment, in the order of its models."""
+        return await search.vectors_of_image(self._pool, image_id, deployment)
+
+    async def vector(self, prediction_id: str, model: str) -> Embedding | None:
+        """Return one model's vector of a prediction, newest or not."""
+        return await search.vector_of_prediction(self._pool, prediction_id, model)
+
+    async def nearest(
+        self,
+        space: Space,
+        numbers: Sequence[float],
+        deployment: str = "default",
+        filters: Filters = NO_FILTERS,
+        *,
+        mode: Mode = "approximate",
+        limit: int = 10,
+        after: After | None = None,
+    ) -> Found:
+        """Return the images nearest to a vector, a page at a time; see `pipeline/search.py`."""
+        return await search.nearest(
+            self._pool, space, numbers, deployment, filters, mode=mode, limit=limit, after=after
+        )
 
     async def embeddings(self, prediction_id: str) -> dict[str, list[float]]:
         """Return a prediction's vectors by model."""

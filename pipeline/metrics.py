@@ -90,3 +90,6 @@ REQUEST_SECONDS = Histogram(
     ["method", "route", "status"],
     buckets=_SECONDS,
 )
+SEARCH_SECONDS = Histogram(
+    "millrace_search_seconds", "Searches in the database, by how it searched.", ["mode"], buckets=_SECONDS
+)

@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     # PostgreSQL and object store
     database_url: str | None = Field(None, description="postgresql://…; none: the embedded PostgreSQL.")
     database_pool_size: Count = Field(4, description="Connections one process may hold.")
+    search_index_embeddings: Count = Field(
+        10_000,
+        description="From so many embeddings of one model version on, `store` builds an index for approximate "
+        "search; fewer are searched exactly.",
+    )
     object_store_url: str | None = Field(
         None, description="A folder, file://, s3://, gs:// or az:// URL; none: a folder in the data folder."
     )
@@ -78,6 +83,9 @@ class Settings(BaseSettings):
     gateway_host: str = Field("127.0.0.1", description="Address the gateway binds to; others need API keys.")
     gateway_port: Port = Field(8040, description="Port of the gateway.")
     api_keys_file: Path | None = Field(None, description="File with one API key per line.")
+    search_timeout_seconds: Seconds = Field(
+        10.0, description="How long a search with an uploaded picture waits for the picture's embedding."
+    )
     gateway_url: str | None = Field(
         None, description="Where the command line finds the gateway; none: host and port."
     )

@@ -4,9 +4,6 @@ A statement may not meet the same key twice, so duplicates within a batch are se
 as those against stored rows.
 """
 
-import base64
-import binascii
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +13,14 @@ from typing import Any
 import msgspec
 
 from pipeline.deadletters import MAX_COPIED_HEADER_BYTES, MAX_REASON_CHARACTERS, DeadLetter
-from pipeline.errors import StorageRefusedError
-from pipeline.events import MAX_ID_CHARACTERS, MAX_OBJECT_KEY_CHARACTERS, OBJECT_KEY, Prediction
+from pipeline.errors import ContractError, StorageRefusedError
+from pipeline.events import (
+    MAX_ID_CHARACTERS,
+    MAX_OBJECT_KEY_CHARACTERS,
+    OBJECT_KEY,
+    Prediction,
+    decode_embedding,
+)
 from pipeline.postgres import QUERIES, Connection
 from pipeline.results import ImageRow, SavedImage, encode_headers
 
@@ -99,33 +102,23 @@ def _prediction(prediction: Prediction) -> tuple[Any, ...]:
 async def _save_embeddings(connection: Connection, predictions: Sequence[Prediction]) -> None:
     # One flat array of all numbers: asyncpg encodes it in C, and no type of pgvector must be known to it.
     numbers = array("f")
-    rows: list[tuple[str, str, int, int]] = []
+    rows: list[tuple[str, str, str, int, int]] = []
     for prediction in predictions:
         for result in prediction.models:
             if result.embedding is not None:
                 start = len(numbers)
                 numbers.extend(_floats(result.embedding, result.dimension))
-                rows.append((prediction.id, result.model, start, len(numbers)))
+                rows.append((prediction.id, result.model, result.version, start, len(numbers)))
     if rows:
         await connection.execute(QUERIES["save_embeddings"], *_transposed(rows), numbers)
 
 
 def _floats(encoded: str, dimension: int | None) -> "array[float]":
-    """Decode base64 of little-endian float32.
-
-    Raises:
-        StorageRefusedError: it is not that, or not as long as it says.
-    """
-    numbers = array("f")
+    """Decode a vector; one that is none is refused like any row that the table does not take."""
     try:
-        numbers.frombytes(base64.b64decode(encoded, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise StorageRefusedError(f"an embedding is not base64 of float32 numbers: {error}") from None
-    if not numbers or len(numbers) != dimension:
-        raise StorageRefusedError(f"an embedding has {len(numbers)} numbers and says it has {dimension}")
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
+        return decode_embedding(encoded, dimension)
+    except ContractError as error:
+        raise StorageRefusedError(error.message) from None
 
 
 async def save_dead_letters(connection: Connection, letters: Sequence[DeadLetter]) -> int:

@@ -29,9 +29,10 @@ RETURNING prediction_id
 
 -- name: save_embeddings
 -- Insert the vectors of predictions that were just stored; each is a slice of one long array.
-INSERT INTO embeddings (prediction_id, model, dimension, embedding)
-SELECT prediction_id, model, stop - start, ($5::real[])[start + 1:stop]::vector
-FROM unnest($1::text[], $2::text[], $3::integer[], $4::integer[]) AS new (prediction_id, model, start, stop)
+INSERT INTO embeddings (prediction_id, model, version, dimension, embedding)
+SELECT prediction_id, model, version, stop - start, ($6::real[])[start + 1:stop]::vector
+FROM unnest($1::text[], $2::text[], $3::text[], $4::integer[], $5::integer[])
+    AS new (prediction_id, model, version, start, stop)
 
 -- name: prediction_identities
 -- Tell a repeat (same picture) from a conflict.

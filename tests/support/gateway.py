@@ -86,9 +86,13 @@ class Workers:
         raise AssertionError("the reader ended")
 
     async def predict(
-        self, record: Record, outcome: events.Outcome = "predicted", deployment: str = "default"
+        self,
+        record: Record,
+        outcome: events.Outcome = "predicted",
+        deployment: str = "default",
+        models: tuple[ModelResult, ...] | None = None,
     ) -> Prediction:
-        """Publish a prediction for an image."""
+        """Publish a prediction for an image, by default with one model that has a vector of zeros."""
         event = events.decode_image(record)
         model = ModelResult(
             model="builtin:quality", version="1", digest="d", task="classify", label="sharp", score=0.9,
@@ -102,7 +106,8 @@ class Workers:
             outcome=outcome,
             time=datetime.now(UTC),
             receipt=Receipt(topic=record.topic, partition=record.partition, offset=record.offset),
-            models=(model,) if outcome == "predicted" else (),
+            models=((model,) if models is None else models) if outcome == "predicted" else (),
+            purpose=event.purpose,
             reason="the deadline has passed" if outcome == "expired" else None,
         )
         await self._publisher.publish(

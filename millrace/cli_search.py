@@ -1,0 +1,75 @@
+"""The commands that ask about images: search."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from millrace.command import Json, run
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+def search(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A picture to search with."),
+    ] = None,
+    image_id: Annotated[
+        str | None, typer.Option("--id", help="Search with the image of this id instead.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most images to show.")] = 10,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every image.")] = False,
+    deployment: Annotated[str | None, typer.Option(help="Whose embeddings; none: the gateway's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which model's; none: the first that embeds.")] = None,
+    label: Annotated[str | None, typer.Option(help="Only images with this label.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only images from this source.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TIME|5m", help="Only images published then or later."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--to", metavar="TIME|5m", help="Only images published before.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find images like this one, most similar first; the score is cosine similarity, 1 for the same.
+
+    It asks the gateway. A picture in a file is embedded by a worker and kept nowhere.
+    """
+    if (file is None) == (image_id is None):
+        raise typer.BadParameter("give a FILE or an --id", param_hint="FILE")
+    given = {
+        "mode": "exact" if exact else None,
+        "deployment": deployment,
+        "model": model,
+        "label": label,
+        "source": source,
+        "from": _moment(since, "--from"),
+        "to": _moment(until, "--to"),
+    }
+    parameters = {name: value for name, value in given.items() if value is not None}
+
+    def body(settings: "Settings") -> int:
+        import asyncio
+
+        from millrace import search as module
+
+        return asyncio.run(module.search(settings, file, image_id, parameters, limit, as_json))
+
+    run(body)
+
+
+def _moment(text: str | None, option: str) -> str | None:
+    from millrace import durations
+
+    if text is None:
+        return None
+    try:
+        return durations.moment(text).isoformat()
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
