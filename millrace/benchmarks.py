@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from loadtest import bench, report, results, soak
+from loadtest import bench, engine, report, results, soak
 from millrace import ports, processes
 from millrace.local import local_services
 from millrace.output import EXIT_FAILED, emit, say, show_table
@@ -50,6 +50,29 @@ def run_bench(settings: Settings, plan: results.Plan, *, as_json: bool, write: b
     result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
     _give(result, results.rows(result), as_json, KEPT / "spine.json" if write else None)
     return EXIT_FAILED if result.online.lost else 0
+
+
+def run_engine(settings: Settings, plan: engine.Plan, *, as_json: bool, write: bool) -> int:
+    """Measure the engine with one `predict` worker for each model; return the exit code."""
+    circumstances, others = report.Circumstances.now(os.getloadavg()[0]), report.Others()
+    _check_folder(write)
+    models = {}
+    for model in plan.models:
+        named = settings.model_copy(update={"models": engine.specification(model)})
+        with running(named, ("predict",)) as stack:
+            measuring = engine.EngineBench(stack.settings, plan, stack.urls["predict"], say=say)
+            models[model] = asyncio.run(measuring.run(model))
+    result = engine.Result(
+        commit=circumstances.commit,
+        machine=circumstances.machine,
+        seed=plan.seed,
+        circumstances=circumstances,
+        plan=plan,
+        models=models,
+        others_busy_cores=others.busy_cores(),
+    )
+    _give(result, engine.rows(result), as_json, KEPT / "engine.json" if write else None)
+    return 0
 
 
 def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:
@@ -106,6 +129,7 @@ def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterat
         f"{PREFIX}DATABASE_URL": settings.resolved_database,
         f"{PREFIX}OBJECT_STORE_URL": settings.resolved_object_store,
         f"{PREFIX}DATA_DIR": str(folder),
+        f"{PREFIX}MODELS": settings.models,
         f"{PREFIX}WORKER_HOST": "127.0.0.1",
         f"{PREFIX}GATEWAY_HOST": "127.0.0.1",
     }

@@ -40,6 +40,36 @@ def bench(
     run(lambda settings: benchmarks.run_bench(settings, plan, as_json=as_json, write=write))
 
 
+@app.command("bench-engine")
+def bench_engine(
+    seed: Seed = 7,
+    models: Annotated[
+        str, typer.Option(help="torchvision's names, comma-separated.")
+    ] = "mobilenet_v3_small,resnet50",
+    images: Annotated[int, typer.Option(min=64, help="Pictures in each offline repeat.")] = 2000,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each offline measurement.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="How long each online measurement takes.")] = 40.0,
+    write: Annotated[bool, typer.Option("--write", help="Keep it in docs/benchmarks/engine.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure torchvision models through Kafka beside loops written by hand.
+
+    Offline: images/s beside a naive loop, the best loop without Kafka, and the best loop behind aiokafka, in turn.
+    Online: latency at 40 images/s and at 40 % and 80 % of the best loop's rate.
+    """
+    from loadtest.engine import Plan
+    from millrace import benchmarks
+
+    plan = Plan(
+        seed=seed,
+        models=tuple(models.split(",")),
+        offline_images=images,
+        repeats=repeats,
+        online_seconds=seconds,
+    )
+    run(lambda settings: benchmarks.run_engine(settings, plan, as_json=as_json, write=write))
+
+
 @app.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=1, help="How long.")] = 10.0,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import bench, faults, results, soak
+from loadtest import faults, meter, results, soak
 from loadtest.drive import arrivals
 from loadtest.report import Circumstances, Machine, Timing, percentile, rounded
 
@@ -55,9 +55,9 @@ def test_lateness_is_against_the_schedule() -> None:
     """A driver that keeps to its schedule is not late; one that stops for a second is late by it."""
     due = list(itertools.islice(arrivals(30.0, 7), 10))
     punctual = [100.0 + moment for moment in due]
-    assert max(map(abs, bench.lateness(punctual, 30.0, 7))) < 1e-9
+    assert max(map(abs, meter.lateness(punctual, 30.0, 7))) < 1e-9
     stalled = [moment + (1.0 if number > 4 else 0.0) for number, moment in enumerate(punctual)]
-    assert bench.lateness(stalled, 30.0, 7)[-1] == pytest.approx(1.0)
+    assert meter.lateness(stalled, 30.0, 7)[-1] == pytest.approx(1.0)
 
 
 def test_ratios_are_of_the_medians() -> None:
