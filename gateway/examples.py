@@ -13,6 +13,8 @@ from gateway.views import (
     links,
 )
 from pipeline.events import ModelResult, Receipt
+from pipeline.results import TracedImage
+from pipeline.trace import Batch, DeploymentTrace, Step, Trace
 
 _ID = "0b0fb4c5e1b84c9b8d2f8a52c8f3f0c1"
 _SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -60,4 +62,26 @@ SIMILAR = Similar(
         for image_id, score in ((_ID, 1.0), ("cat-7", 0.9931), ("dog-2", 0.4127))
     ),
     next_cursor="hKZmb3JtYXQB",
+)  # fmt: skip
+TRACE = Trace(
+    id=_ID,
+    image=TracedImage(
+        lane="realtime", topic="images.realtime.v1", partition=4, offset=1207, published_at=_TIME,
+        size_bytes=48_213, source="millrace/gateway", stored_at=_TIME,
+    ),
+    deployments=(
+        DeploymentTrace(
+            deployment="default",
+            state="predicted",
+            steps=(
+                Step(step="decoded", at=_TIME, seconds=0.0041, detail="640 x 480"),
+                Step(
+                    step="batched", at=_TIME, seconds=0.0008,
+                    detail="with 3 others, cut because the device was free",
+                    batch=Batch(id="b-91", size=4, cut="idle", companions=("cat-7", "cat-8", "dog-2")),
+                ),
+                Step(step="forwarded", at=_TIME, seconds=0.0107, detail="builtin:quality 1 on cpu"),
+            ),
+        ),
+    ),
 )  # fmt: skip

@@ -31,16 +31,19 @@ from gateway.views import (
     describe,
     links,
 )
-from pipeline import events
+from pipeline import events, trace
 from pipeline.database import Database
 from pipeline.errors import ContractError, DependencyError
 from pipeline.events import Prediction
 from pipeline.results import ImageState
+from pipeline.trace import Trace
 
 # Proxies commonly cut a silent connection after 60 s.
 MAX_WAIT_SECONDS = 60
 # A page that waits for the database this long is broken for a person.
 READ_SECONDS = 5.0
+# The database's answers, and what is asked of Kafka beside them.
+TRACE_SECONDS = READ_SECONDS + trace.KAFKA_SECONDS
 # How often a wait looks at the database; with a working live reader a result is there long before.
 POLL_SECONDS = 2.0
 MAX_DEPLOYMENTS = 100
@@ -137,6 +140,26 @@ async def get_predictions(request: Request, image_id: ImageId) -> Response:
     if not stored and await bounded(state.database.state(image_id, state.settings.deployment)) is None:
         raise unknown_image()
     return JSONResponse(Predictions(image_id, tuple(prediction_view(row.prediction) for row in stored)))
+
+
+@router.get(
+    "/v1/images/{id}/trace",
+    responses=describe(200, Trace, "Its way so far.", examples.TRACE)
+    | responses("unauthorized", "not_found", "dependency"),
+    summary="The whole way of an image",
+)
+async def get_trace(request: Request, image_id: ImageId) -> Response:
+    """Return each station of the image's way through each deployment, with moments and durations.
+
+    Published, received, queued, decoded, batched (with whom, and why then), forwarded, stored; or expired,
+    dead-lettered, redriven; or where it waits. Stations are told from what is stored and, for outcomes that
+    are not stored yet, from Kafka.
+    """
+    state = request.app.state
+    found = await bounded(trace.trace(state.settings, state.database, image_id), TRACE_SECONDS)
+    if found is None:
+        raise unknown_image()
+    return JSONResponse(found)
 
 
 async def read_view(database: Database, image_id: str, deployment: str) -> ImageView:

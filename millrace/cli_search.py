@@ -1,4 +1,4 @@
-"""The commands that ask about images: search."""
+"""The commands that ask about images: search, trace."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +60,27 @@ def search(
         from millrace import search as module
 
         return asyncio.run(module.search(settings, file, image_id, parameters, limit, as_json))
+
+    run(body)
+
+
+@app.command()
+def trace(
+    image_id: Annotated[str, typer.Argument(metavar="ID", help="The image's event id.")],
+    as_json: Json = False,
+) -> None:
+    """Show the whole way of one image, from publication to its results, with times and durations.
+
+    For each deployment: received, queued, decoded, batched with whom and why, forwarded, stored; or what went
+    wrong, or where it waits. Exit 1 if nothing is known of it.
+    """
+
+    def body(settings: "Settings") -> int:
+        import asyncio
+
+        from millrace import tracing
+
+        return asyncio.run(tracing.show_trace(settings, image_id, as_json))
 
     run(body)
 

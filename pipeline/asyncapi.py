@@ -49,6 +49,7 @@ NOTES = {
     "Receipt.batch_size": "Pictures that shared the forward pass.",
     "Receipt.batch_cut": "Why the batch was cut: full, idle, deadline, drain or memory.",
     "Receipt.queue_seconds": "From the worker's receipt to the start of its decode, plus the wait for a batch.",
+    "Receipt.batch_wait_seconds": "The part of queue_seconds behind the decode: for a batch and the device.",
     "Receipt.forward_seconds": "Of the whole batch, all models.",
 }
 

@@ -25,6 +25,7 @@ from pipeline.results import (
     SavedImage,
     StoredDeadLetter,
     StoredPrediction,
+    TracedImage,
     read_dead_letter,
     read_prediction,
 )
@@ -112,6 +113,14 @@ class Database:
         """Return an image's row."""
         rows = await self._pool.rows("images", [image_id])
         return ImageRow(**rows[0]) if rows else None
+
+    async def traced_image(self, image_id: str) -> TracedImage:
+        """Return what is stored of an image itself."""
+        return TracedImage(**(await self._pool.rows("traced_image", image_id))[0])
+
+    async def companions(self, batch_id: str, deployment: str, limit: int) -> list[str]:
+        """Return up to `limit` images of a batch whose predictions are stored."""
+        return [row["image_id"] for row in await self._pool.rows("companions", batch_id, deployment, limit)]
 
     async def state(self, image_id: str, deployment: str = "default") -> ImageState | None:
         """Return an image's state in a deployment; None if nothing is known of it."""

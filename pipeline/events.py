@@ -134,6 +134,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: str | None = None
     #: From this worker's receipt of the record to the start of its decode, plus the wait for a batch.
     queue_seconds: float | None = None
+    #: The part of `queue_seconds` behind the decode: waiting for a batch and for the device.
+    batch_wait_seconds: float | None = None
     decode_seconds: float | None = None
     forward_seconds: float | None = None
 

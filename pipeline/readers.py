@@ -6,7 +6,7 @@ each record once read through `agents/delivery.py` instead.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -272,8 +272,16 @@ async def read_back(
         await consumer.stop()
 
 
-async def read_all(settings: Settings, topic: str) -> list[Record]:
+async def read_all(
+    settings: Settings,
+    topic: str,
+    *,
+    since: datetime | None = None,
+    wanted: Callable[[Record], bool] = lambda record: True,
+) -> list[Record]:
     """Return the committed records of a topic from its oldest to its present end, in memory.
+
+    With `since` only those published from then on; of those only the wanted ones are kept.
 
     Raises:
         DependencyError: a topic is missing, or no broker answers.
@@ -289,14 +297,20 @@ async def read_all(settings: Settings, topic: str) -> list[Record]:
         async with asyncio.timeout(CONNECT_SECONDS):
             await consumer.start()
         ends = await consumer.end_offsets(partitions)
-        beginnings = await consumer.beginning_offsets(partitions)
+        starts = await consumer.beginning_offsets(partitions)
+        if since is not None:
+            places = await consumer.offsets_for_times(
+                dict.fromkeys(partitions, max(0, int(since.timestamp() * 1000)))
+            )
+            starts = {place: found.offset if found else ends[place] for place, found in places.items()}
         consumer.assign(list(partitions))
-        for partition, offset in beginnings.items():
+        for partition, offset in starts.items():
             consumer.seek(partition, offset)
         records: list[Record] = []
         while any([await consumer.position(partition) < end for partition, end in ends.items()]):
             fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_MAX_RECORDS)
-            records.extend(to_record(message) for messages in fetched.values() for message in messages)
+            for messages in fetched.values():
+                records.extend(filter(wanted, map(to_record, messages)))
         return records
     except (KafkaError, OSError, TimeoutError) as error:
         raise unreachable(settings, error) from None

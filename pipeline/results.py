@@ -30,6 +30,22 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime | None = None
 
 
+class TracedImage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where an image came from, when it was kept, and whether a person deleted it; None: not stored."""
+
+    lane: str | None = None
+    topic: str | None = None
+    partition: int | None = None
+    offset: int | None = None
+    published_at: datetime | None = None
+    size_bytes: int | None = None
+    source: str | None = None
+    object_key: str | None = None
+    #: When its row was written, by `archive` or the gateway.
+    stored_at: datetime | None = None
+    deleted_at: datetime | None = None
+
+
 class SavedImage(msgspec.Struct, frozen=True):
     """What became of one image that was to be saved.
 

@@ -205,6 +205,7 @@ class Forward:
             batch_cut=cut,
             device=self._device_name,
             queue_seconds=round(queue_seconds, 6),
+            batch_wait_seconds=round(max(0.0, started_at - work.decode_ended_at), 6),
             decode_seconds=round(work.decode_ended_at - work.decode_started_at, 6),
             forward_seconds=round(seconds, 6),
         )

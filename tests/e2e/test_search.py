@@ -130,3 +130,29 @@ async def test_store_keeps_the_indexes(spine: Spine) -> None:
     await eventually(approximate, 30.0)
     dsn = spine.settings.resolved_database
     assert await vector_indexes.maintain(dsn, min_rows=100) == []
+
+
+async def test_a_trace_tells_the_whole_way(spine: Spine, own_installation: Installation) -> None:
+    """What the workers really did is told in order, with plausible times and the batch's real company."""
+    pictures = await filled(spine, 12)
+    code, out, err = await command(own_installation.environment, "trace", pictures[3].id, "--json")
+    assert (code, err) == (0, "")
+    (deployment,) = json.loads(out)["deployments"]
+    steps = {step["step"]: step for step in deployment["steps"]}
+    assert list(steps) == ["received", "queued", "decoded", "batched", "forwarded", "stored"]
+    assert all(step["seconds"] >= 0 for step in steps.values())
+    moments = [step["at"] for step in deployment["steps"]]
+    assert moments == sorted(moments)
+    company = steps["batched"]["batch"]
+    stored = {one.id: (await spine.database.predictions(one.id))[0].prediction.receipt for one in pictures}
+    mates = {name for name, receipt in stored.items() if receipt.batch_id == company["id"]}
+    assert {*company.get("companions", ()), pictures[3].id} == mates
+    assert len(mates) == company["size"]
+
+    code, out, _ = await command(own_installation.environment, "trace", pictures[3].id)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith(pictures[3].id)
+    assert lines[2] == "default: predicted"
+    assert lines[4].split()[:3] == ["0.0", "ms", "published"]
+    assert (await command(own_installation.environment, "trace", "nobody"))[0] == 1
