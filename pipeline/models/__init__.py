@@ -1,21 +1,23 @@
-"""The models of a deployment, from the setting that names them; nothing is downloaded or unpickled.
+"""The models of a deployment, from the setting that names them; nothing but tensors is ever unpickled.
 
-A specification is `SOURCE:NAME`, several are separated by commas: `builtin:quality,builtin:fingerprint`.
-`python:MODULE:ATTRIBUTE` calls the attribute with the device (and with `?name=value&…` as keyword
-arguments, all text); it runs whatever code is there and needs a setting of its own.
+A specification is `SOURCE:NAME?option=value`, several are separated by commas:
+`torchvision:mobilenet_v3_small,builtin:fingerprint`. `docs/models.md` says what each source takes.
+`python:MODULE:ATTRIBUTE` calls the attribute with the device (and with the options as keyword arguments, all
+text); it runs whatever code is there and needs a setting of its own.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
 from typing import cast
-from urllib.parse import parse_qsl
 
 import torch
 
 from pipeline.errors import ConfigurationError
 from pipeline.models.builtin import FingerprintModel, QualityModel
+from pipeline.models.modules import ModuleModel
 from pipeline.models.protocol import Model, Output, Task
-from pipeline.models.specification import LoadOptions
+from pipeline.models.specification import LoadOptions, Specification
+from pipeline.models.weights import one_line
 
 __all__ = ["LoadOptions", "Model", "Output", "Task", "load_models", "resolve_device", "torch_threads"]
 
@@ -23,7 +25,14 @@ _BUILTIN: dict[str, Callable[[torch.device], Model]] = {
     QualityModel.name: QualityModel,
     FingerprintModel.name: FingerprintModel,
 }
-
+# Each is a module that is imported when it is asked for: their libraries take seconds.
+_SOURCES = {
+    "torchvision": "torchvision:NAME",
+    "timm": "timm:NAME",
+    "hf": "hf:REPOSITORY",
+    "file": "file:PATH#ARCHITECTURE",
+    "python": "python:MODULE:ATTRIBUTE",
+}
 _DEFAULTS = LoadOptions()
 
 
@@ -53,11 +62,12 @@ def torch_threads(models: Sequence[Model], wanted: int) -> int:
 
     The built-in ones look at two pictures at a time, too little to share. On two cores a second thread made a
     pass slower, not faster (1.2 instead of 0.9 ms a picture in batches, 1.3 instead of 0.8 for one alone) and
-    took the core from the decoder.
+    took the core from the decoder. Small networks lose the same way.
     """
-    if wanted or not all(model.name in _BUILTIN for model in models):
-        return wanted
-    return 1
+    is_little = (
+        model.name in _BUILTIN or (isinstance(model, ModuleModel) and model.is_small) for model in models
+    )
+    return wanted or (1 if all(is_little) else 0)
 
 
 def load_models(spec: str, device: torch.device, options: LoadOptions = _DEFAULTS) -> list[Model]:
@@ -78,30 +88,34 @@ def load_models(spec: str, device: torch.device, options: LoadOptions = _DEFAULT
     return models
 
 
-def _load(name: str, device: torch.device, options: LoadOptions) -> Model:
-    if name in _BUILTIN:
-        return _BUILTIN[name](device)
-    source, _, rest = name.partition(":")
-    if source != "python":
-        raise ConfigurationError(f"MILLRACE_MODELS: unknown model {name!r}; known: {_known()}")
-    if not options.allow_python:
-        raise ConfigurationError(
-            f"MILLRACE_MODELS: {name!r} runs code; MILLRACE_ALLOW_PYTHON_MODELS=true allows it"
-        )
-    return _load_python(name, rest, device)
+def _load(text: str, device: torch.device, options: LoadOptions) -> Model:
+    if text in _BUILTIN:
+        return _BUILTIN[text](device)
+    specification = Specification.parse(text)
+    if specification.source == "python":
+        if not options.allow_python:
+            raise specification.error("it runs code; MILLRACE_ALLOW_PYTHON_MODELS=true allows it")
+        return _load_python(text, device)
+    if specification.source not in _SOURCES or not specification.name:
+        raise ConfigurationError(f"MILLRACE_MODELS: unknown model {text!r}; known: {_known()}")
+    try:
+        source = importlib.import_module(f"pipeline.models.{specification.source}_source")
+        return cast(Model, source.load(specification, device, options))
+    except ConfigurationError:
+        raise
+    except Exception as error:  # libraries raise anything about a file that is not what they expect
+        raise specification.error(f"does not load: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _load_python(name: str, rest: str, device: torch.device) -> Model:
-    path, _, query = rest.partition("?")
-    module_name, _, attribute = path.partition(":")
+def _load_python(text: str, device: torch.device) -> Model:
+    specification = Specification.parse(text)
+    module_name, _, attribute = specification.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-        return cast(Model, factory(device, **dict(parse_qsl(query, strict_parsing=bool(query)))))
+        return cast(Model, factory(device, **specification.options))
     except Exception as error:  # the code of the model may raise anything
-        raise ConfigurationError(
-            f"MILLRACE_MODELS: {name!r} does not load: {type(error).__name__}: {error}"
-        ) from error
+        raise specification.error(f"does not load: {type(error).__name__}: {error}") from error
 
 
 def _known() -> str:
-    return ", ".join(_BUILTIN) + ", python:MODULE:ATTRIBUTE"
+    return ", ".join([*_BUILTIN, *_SOURCES.values()])

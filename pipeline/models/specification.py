@@ -1,13 +1,20 @@
 """What names a model, `SOURCE:NAME?option=value`, and what the settings say about loading it; loads nothing."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
 
+import torch
+
 from pipeline.errors import ConfigurationError
 from pipeline.settings import Settings
+
+#: Below this a box is not reported, unless the specification says otherwise.
+THRESHOLD = 0.5
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -98,3 +105,26 @@ class Specification:
         if not low <= value <= high:
             raise self.error(f"{name}={text} is not a number from {low:g} to {high:g}")
         return value
+
+    def with_task(self, task: str | None) -> "Specification":
+        """Return a specification that asks for a task, unless it asks for one already."""
+        if task is None or "task" in self.options:
+            return self
+        return replace(self, options={**self.options, "task": task})
+
+    def threshold(self) -> float:
+        """Return the score that a box must have to be reported."""
+        return self.number("threshold", THRESHOLD, 0, 1)
+
+    def unknown(self, name: str, known: Iterable[str]) -> ConfigurationError:
+        """Return an error that says which known name may be meant."""
+        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+        meant = f"; meant is perhaps {', '.join(near)}" if near else ""
+        return self.error(f"{self.source} has no model {name!r}{meant}")
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Draw random weights from the seed of the specification, and leave torch's generator as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(self.number("seed", 0, 0, 2**31 - 1)))
+            yield
