@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from loadtest import bench, engine, report, results, soak
+from loadtest import bench, engine, report, results, search, soak
 from millrace import ports, processes
 from millrace.local import local_services
 from millrace.output import EXIT_FAILED, emit, say, show_table
@@ -72,6 +72,17 @@ def run_engine(settings: Settings, plan: engine.Plan, *, as_json: bool, write: b
         others_busy_cores=others.busy_cores(),
     )
     _give(result, engine.rows(result), as_json, KEPT / "engine.json" if write else None)
+    return 0
+
+
+def run_search(settings: Settings, plan: search.Plan, *, as_json: bool, write: bool) -> int:
+    """Measure search in a database of its own; return the exit code."""
+    circumstances, others = report.Circumstances.now(os.getloadavg()[0]), report.Others()
+    _check_folder(write)
+    with running(settings, ()) as stack:
+        result = asyncio.run(search.SearchBench(stack.settings, plan, say=say).run(circumstances))
+    result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
+    _give(result, search.rows(result), as_json, KEPT / "search.json" if write else None)
     return 0
 
 
@@ -135,7 +146,8 @@ def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterat
     }
     started: dict[str, subprocess.Popen[bytes]] = {}
     urls = {}
-    say(f"starting {', '.join(parts)}")
+    if parts:
+        say(f"starting {', '.join(parts)}")
     try:
         for part in parts:
             port = ports.find_free()

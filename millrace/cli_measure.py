@@ -70,6 +70,26 @@ def bench_engine(
     run(lambda settings: benchmarks.run_engine(settings, plan, as_json=as_json, write=write))
 
 
+@app.command("bench-search")
+def bench_search(
+    seed: Seed = 7,
+    pictures: Annotated[int, typer.Option(min=100, help="Drawn pictures.")] = 3_000,
+    vectors: Annotated[int, typer.Option(min=1_000, help="Made-up vectors.")] = 50_000,
+    queries: Annotated[int, typer.Option(min=10, help="Searches in each set and mode.")] = 200,
+    write: Annotated[bool, typer.Option("--write", help="Keep it in docs/benchmarks/search.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what search by image finds, and how fast.
+
+    Recall of the index beside an exact search, that beside a computation of everything, and the latency of both.
+    """
+    from loadtest.search import Plan
+    from millrace import benchmarks
+
+    plan = Plan(seed=seed, pictures=pictures, vectors=vectors, queries=queries)
+    run(lambda settings: benchmarks.run_search(settings, plan, as_json=as_json, write=write))
+
+
 @app.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=1, help="How long.")] = 10.0,

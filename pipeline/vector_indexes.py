@@ -59,11 +59,10 @@ async def _connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, statement_cache_size=0)
     try:
         yield connection
-    finally:
-        try:
-            await connection.close(timeout=CONNECT_SECONDS)
-        except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-            connection.terminate()
+    except BaseException:
+        connection.terminate()  # a server that does not answer would keep a stopping process waiting
+        raise
+    await connection.close(timeout=CONNECT_SECONDS)
 
 
 async def _maintain(connection: asyncpg.Connection, min_rows: int) -> list[str]:
