@@ -77,7 +77,9 @@ async def asked(
     label: Annotated[
         str | None,
         Query(
-            max_length=512, pattern=_TEXT, description="Only images that a model of the deployment gave it."
+            max_length=512,
+            pattern=_TEXT,
+            description="Only images that a model of the deployment labels so, or detects it in.",
         ),
     ] = None,
     source: Annotated[
