@@ -11,6 +11,7 @@
     ├─ ModelError          not retryable   the model failed on this record -> dead letter, counted by the limiter
     ├─ ProcessKilledError  not retryable   the record killed its worker    -> dead letter, unopened
     ├─ StorageRefusedError not retryable   the database refuses the data   -> dead letter
+    ├─ ConflictError       not retryable   somebody else was first         -> told to the caller; HTTP 409
     ├─ DependencyError     retryable       broker, store, database, NVML   -> retried in place for ever; HTTP 503
     ├─ FatalError          not retryable   the process cannot be trusted   -> exit 70 without acknowledging
     └─ ConfigurationError  not retryable   wrong setting or model          -> exit 78 before readiness, one line
@@ -93,6 +94,12 @@ class StorageRefusedError(MillraceError):
     """The database refuses this record's data, however often it is tried."""
 
     code = "storage_refused"
+
+
+class ConflictError(MillraceError):
+    """Somebody else changed it first; the caller must look before it tries again."""
+
+    code = "conflict"
 
 
 class DependencyError(MillraceError):

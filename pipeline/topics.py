@@ -8,13 +8,16 @@ from typing import Literal
 
 Lane = Literal["realtime", "bulk"]
 
-DAY_SECONDS = 24 * 3600
+HOUR_SECONDS = 3600
+DAY_SECONDS = 24 * HOUR_SECONDS
 MEBIBYTE = 1024 * 1024
 MAX_IMAGE_RECORD_BYTES = 8 * MEBIBYTE
 # A dead letter carries the largest input plus the headers that explain it.
 MAX_DEAD_LETTER_RECORD_BYTES = MAX_IMAGE_RECORD_BYTES + 64 * 1024
 # Larger pictures go to the object store first: Kafka's own default record limit less headers and overhead.
 MAX_INLINE_IMAGE_BYTES = 900_000
+# What a reader from the beginning reads at most beside the compacted part, in a second or less.
+COMPACTED_SEGMENT_BYTES = 16 * MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Topic:
     retention_seconds: int
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    #: Who reads all of it without a consumer group.
+    followers: tuple[str, ...] = ()
+    #: The latest record of each key is kept for ever, an older one at least for `retention_seconds`.
     compacted: bool = False
     lane: Lane | None = None
 
@@ -36,7 +42,13 @@ class Topic:
         """Return the broker-side topic configuration."""
         common = {"max.message.bytes": str(self.max_record_bytes + 16 * 1024)}  # batch and header overhead
         if self.compacted:
-            return common | {"cleanup.policy": "compact"}
+            return common | {
+                "cleanup.policy": "compact",
+                "min.compaction.lag.ms": str(self.retention_seconds * 1000),
+                # Kafka compacts no segment that is still written to, and by default writes to one for a week.
+                "segment.ms": str(self.retention_seconds * 1000),
+                "segment.bytes": str(COMPACTED_SEGMENT_BYTES),
+            }
         return common | {"cleanup.policy": "delete", "retention.ms": str(self.retention_seconds * 1000)}
 
 
@@ -83,7 +95,24 @@ DEAD_LETTERS = Topic(
     consumers=("store", "gateway"),
 )
 
-TOPICS = (IMAGES_REALTIME, IMAGES_BULK, PREDICTIONS, DEAD_LETTERS)
+MODELS = Topic(
+    name="models.v1",
+    key="deployment, or deployment/replica",
+    description="The version of its models that a deployment should run, and what each of its replicas runs.",
+    # One order for everything: a status after the version it speaks of, and the later of two activations after
+    # the earlier one. A deployment changes its models a few times a day, and a replica reports every few
+    # seconds; one partition takes thousands a second.
+    partitions=1,
+    max_record_bytes=64 * 1024,
+    # So long `store` may be away and misses nothing of the history.
+    retention_seconds=HOUR_SECONDS,
+    producers=("CLI", "gateway", "predict"),
+    consumers=("store",),
+    followers=("predict", "gateway", "CLI"),
+    compacted=True,
+)
+
+TOPICS = (IMAGES_REALTIME, IMAGES_BULK, PREDICTIONS, DEAD_LETTERS, MODELS)
 LANES: dict[Lane, Topic] = {"realtime": IMAGES_REALTIME, "bulk": IMAGES_BULK}
 
 
