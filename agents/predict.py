@@ -1,7 +1,8 @@
 """The `predict` step: pictures of both lanes in, one prediction or one dead letter each out.
 
 The engine computes; this file decides what an outcome becomes, and finishes a record only when the broker
-has what it became. It is the one judge of image envelopes.
+has what it became. It is the one judge of image envelopes. Which models compute is `replica.py`'s affair; a
+prediction is named after those that made it, so a swap in between changes nothing.
 """
 
 import asyncio
@@ -9,18 +10,31 @@ import time
 from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
 
+import torch
+
 from agents.delivery import Delivered, Delivery
 from agents.durable import publish_dead_letter
+from agents.replica import Replica, in_thread
 from pipeline import events, logs, metrics, topics
 from pipeline.broker import Publisher
 from pipeline.deadletters import FaultLimiter
-from pipeline.errors import ContractError, MillraceError, ModelError, RecordTooLargeError
+from pipeline.deployments import Version
+from pipeline.errors import (
+    ConfigurationError,
+    ContractError,
+    MillraceError,
+    ModelError,
+    RecordTooLargeError,
+)
 from pipeline.inference import Dropped, Engine, EngineOptions, Expired, Failed, Outcome, Predicted, Request
-from pipeline.models import LoadOptions, load_models, resolve_device
+from pipeline.models import LoadOptions, Model, load_models, resolve_device, torch_threads
 from pipeline.objects import ObjectStore
 from pipeline.settings import Settings
 
 log = logs.get(__name__)
+
+#: Models with their versions, in the deployment's order.
+Identities = tuple[tuple[str, str], ...]
 
 # Of the grace period: how long the engine may finish what is on the device after the hand-over is over.
 ENGINE_STOP_SECONDS = 2.0
@@ -39,28 +53,21 @@ class Predict:
         # The outcomes of a batch are sent together, so nothing is gained by waiting for more: 2 ms of latency.
         self._publisher = Publisher(settings, client_id=self.name, linger_ms=0)
         self._objects = ObjectStore.open(settings)
-        self._limiter = FaultLimiter(
-            max_faults=settings.max_model_faults, probe_seconds=settings.fault_probe_seconds
-        )
+        self._limiter = self._new_limiter()
+        self._replica = Replica(settings, self._objects, self._load)
+        self._device = torch.device("cpu")
         self._engine: Engine | None = None
+        #: What ran so far: models with their versions -> the latest revision they ran as.
+        self._revisions: dict[Identities, int] = {}
+        self._identities: Identities = ()
         self._probe: Delivered | None = None
         self._publishing: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
-        """Load and warm up the models, then wait for the broker."""
-        settings = self._settings
-        device = resolve_device(settings.device)
-        options = LoadOptions.from_settings(settings)
-        models = await asyncio.to_thread(load_models, settings.models, device, options)
-        self._model_versions = tuple((model.name, model.version) for model in models)
-        self._engine = Engine(
-            models,
-            EngineOptions.from_settings(settings, device),
-            fetch=lambda key: self._objects.get(key, settings.max_image_bytes),
-            deliver=self._deliver,
-        )
-        await self._engine.start()
+        """Wait for the broker, which knows what to run; load it and warm it up."""
+        self._device = resolve_device(self._settings.device)
+        await self._replica.start(self._open)
         await self._publisher.start()
         self._broken = asyncio.get_running_loop().create_future()
 
@@ -71,6 +78,7 @@ class Predict:
         if self._publishing:
             await asyncio.wait(self._publishing, timeout=ENGINE_STOP_SECONDS)
         await self._publisher.stop()
+        await self._replica.stop()
 
     def unready(self) -> str | None:
         """Say so while model faults have paused the step."""
@@ -84,10 +92,70 @@ class Predict:
             group.create_task(self._pump(delivery, self._engine))
             group.create_task(_watch(self._engine.fatal))
             group.create_task(_watch(self._broken))
+            group.create_task(self._replica.run(self._swap))
 
     async def reject(self, delivered: Delivered, error: MillraceError) -> None:
         """Dead-letter a record unopened."""
         await self._dead_letter(delivered, error)
+
+    def _load(self, specifications: Sequence[str]) -> Sequence[Model]:
+        """Load models; blocks."""
+        return load_models(",".join(specifications), self._device, LoadOptions.from_settings(self._settings))
+
+    async def _open(self, version: Version, models: Sequence[Model]) -> None:
+        """Begin with these models.
+
+        Raises:
+            ConfigurationError: one of them fails its warm-up.
+        """
+        engine = Engine(
+            models,
+            EngineOptions.from_settings(self._settings, self._device),
+            fetch=lambda key: self._objects.get(key, self._settings.max_image_bytes),
+            deliver=self._deliver,
+        )
+        try:
+            await engine.start()
+        except BaseException:
+            await engine.stop(0.0)
+            raise
+        self._note(version, models)
+        self._engine = engine
+
+    async def _swap(self, version: Version, models: Sequence[Model]) -> None:
+        """Go over to these models; return when the last prediction of the old ones is with the broker."""
+        assert self._engine is not None
+        await in_thread(lambda: self._warm_up(models))
+        # Before the first outcome of the new ones.
+        self._note(version, models)
+        await self._engine.swap(models)
+        # A version that was activated to mend a bad one is not to wait for the bad one's probes.
+        self._limiter, self._probe = self._new_limiter(), None
+        metrics.LIMITER_OPEN.labels(self.name).set(False)
+        if self._publishing:
+            await asyncio.wait(set(self._publishing))
+
+    def _warm_up(self, models: Sequence[Model]) -> None:
+        threads = torch_threads(models, self._settings.torch_threads)
+        if threads and self._device.type == "cpu":
+            torch.set_num_threads(threads)  # this thread must not take the cores of the one that predicts
+        for model in models:
+            try:
+                with torch.inference_mode():
+                    model.warm_up()
+            except Exception as error:
+                raise ConfigurationError(
+                    f"{model.name!r} fails its warm-up: {type(error).__name__}: {error}"
+                ) from error
+
+    def _note(self, version: Version, models: Sequence[Model]) -> None:
+        self._identities = tuple((model.name, model.version) for model in models)
+        self._revisions[self._identities] = version.revision
+
+    def _new_limiter(self) -> FaultLimiter:
+        return FaultLimiter(
+            max_faults=self._settings.max_model_faults, probe_seconds=self._settings.fault_probe_seconds
+        )
 
     async def _pump(self, delivery: Delivery, engine: Engine) -> None:
         while True:
@@ -169,10 +237,14 @@ class Predict:
 
     def _prediction(self, request: Request, outcome: Predicted | Expired) -> events.Prediction:
         event = request.event
+        identities = self._identities
+        if isinstance(outcome, Predicted):
+            identities = tuple((result.model, result.version) for result in outcome.results)
         return events.Prediction(
-            id=events.prediction_id(event.id, self._settings.deployment, self._model_versions),
+            id=events.prediction_id(event.id, self._settings.deployment, identities),
             image_id=event.id,
             deployment=self._settings.deployment,
+            revision=self._revisions[identities],
             lane=request.lane,
             outcome="predicted" if isinstance(outcome, Predicted) else "expired",
             time=datetime.now(UTC),

@@ -1,8 +1,9 @@
-"""The `store` step: predictions and dead letters into PostgreSQL, and the indexes that search needs.
+"""The `store` step: predictions, dead letters and the history of models into PostgreSQL, and search's indexes.
 
 One transaction per batch; a batch the database refuses is halved until the guilty record is alone. Dead
-letters end here: one is never dead-lettered again, but cut down to what the table takes. What became of a
-picture that was only searched with is passed by.
+letters end here: one is never dead-lettered again, but cut down to what the table takes. Nor is a record of
+`models.v1`: the topic itself is the truth, and redriving an old version would bring it back to work. What became
+of a picture that was only searched with is passed by.
 """
 
 import asyncio
@@ -14,15 +15,16 @@ import msgspec
 
 from agents.delivery import Delivered, Delivery
 from agents.durable import forever, isolate, publish_dead_letter
-from pipeline import events, logs, metrics, vector_indexes
+from pipeline import deployments, events, logs, metrics, vector_indexes
 from pipeline.broker import Publisher
 from pipeline.database import Database
 from pipeline.deadletters import DeadLetter, decode_dead_letter
+from pipeline.deployments import Desired, Status
 from pipeline.errors import ContractError, FatalError, MillraceError, StorageRefusedError
 from pipeline.events import Prediction, Record
 from pipeline.results import Saved
 from pipeline.settings import Settings
-from pipeline.topics import DEAD_LETTERS, PREDICTIONS
+from pipeline.topics import DEAD_LETTERS, MODELS, PREDICTIONS
 from pipeline.writes import storable
 
 log = logs.get(__name__)
@@ -44,12 +46,13 @@ class Store:
     """Writes what `predict` says, and every dead letter."""
 
     name = "store"
-    topics = (PREDICTIONS, DEAD_LETTERS)
+    topics = (PREDICTIONS, DEAD_LETTERS, MODELS)
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._group = settings.group(self.name)
         self._dead_letters_topic = settings.topic(DEAD_LETTERS.name)
+        self._models_topic = settings.topic(MODELS.name)
         self._publisher = Publisher(settings, client_id=self.name)
         self._database: Database | None = None
 
@@ -100,7 +103,10 @@ class Store:
         A prediction becomes a dead letter; a dead letter is stored without its value.
         """
         record = delivered.record
-        if events.is_query(record):
+        if record.topic == self._models_topic:
+            log.error("leaving a record of the models topic out", offset=record.offset, error=error.message)
+            delivered.finish("skipped")
+        elif events.is_query(record):
             delivered.finish("skipped")
         elif record.topic == self._dead_letters_topic:
             letter = decode_dead_letter(msgspec.structs.replace(record, value=None))
@@ -115,6 +121,8 @@ class Store:
 
     async def _store(self, batch: Sequence[Delivered]) -> None:
         """Make everything these records cause durable, then finish them."""
+        await self._store_models([each for each in batch if each.record.topic == self._models_topic])
+        batch = [each for each in batch if each.record.topic != self._models_topic]
         decoded: list[Decoded] = []
         undecodable: list[tuple[Delivered, MillraceError, str | None]] = []
         for delivered in batch:
@@ -139,6 +147,34 @@ class Store:
             *(self._dead_letter(*fault) for fault in undecodable),
             *(self._settle(item, error) for item, error in refused),
         )
+
+    async def _store_models(self, batch: Sequence[Delivered]) -> None:
+        """Add records of `models.v1` to the history; garbage and tombstones add nothing."""
+        said: list[tuple[Delivered, Desired | Status]] = []
+        for delivered in batch:
+            try:
+                value = deployments.decode(delivered.record)
+            except ContractError as error:
+                log.warning(
+                    "not a record of the models topic", offset=delivered.record.offset, error=error.message
+                )
+                value = None
+            if value is None:
+                delivered.finish("skipped")
+            else:
+                said.append((delivered, value))
+        if not said:
+            return
+        refused = {item[0] for item, _ in await isolate(said, self._save_models)}
+        for delivered, _ in said:
+            if delivered in refused:
+                log.error("the database refuses a record of the models topic", offset=delivered.record.offset)
+            delivered.finish("skipped" if delivered in refused else "stored")
+
+    async def _save_models(self, said: Sequence[tuple[Delivered, Desired | Status]]) -> None:
+        assert self._database is not None
+        database, values = self._database, [value for _, value in said]
+        await forever(lambda: database.save_models(values), step=self.name, dependency="database")
 
     async def _save(self, items: Sequence[Decoded]) -> None:
         predictions = [item.prediction for item in items if item.prediction is not None]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
 import msgspec
-from fastapi import APIRouter, Depends, Header, Path, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from starlette.responses import Response
 
 from gateway import examples
@@ -52,6 +52,13 @@ _PREFERENCE = re.compile(
     r'\s*(?P<name>[!#$%&\'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*"?(?P<value>[^";]*)"?\s*)?(?:;.*)?'
 )
 T = TypeVar("T")
+EveryVersion = Annotated[
+    bool,
+    Query(
+        alias="all",
+        description="Also what older versions of a deployment's models said, not only the newest.",
+    ),
+]
 
 router = APIRouter(tags=["images"], dependencies=[KeyRequired])
 
@@ -104,8 +111,12 @@ def wait_seconds(prefer: list[str] | None) -> int:
     | responses("unauthorized", "not_found", "dependency"),
     summary="State and predictions of an image",
 )
-async def get_image(request: Request, image_id: ImageId, prefer: Prefer = None) -> Response:
+async def get_image(
+    request: Request, image_id: ImageId, prefer: Prefer = None, every_version: EveryVersion = False
+) -> Response:
     """Return the image's state in the default deployment, its predictions, and its state in each deployment.
+
+    There is one prediction per deployment: that of the newest version of its models, or with `all=true` each.
 
     States: `accepted`, then `predicted`, `expired` or `dead_lettered`. With `Prefer: wait=N` the answer is
     held back until the state is no longer `accepted`.
@@ -114,12 +125,12 @@ async def get_image(request: Request, image_id: ImageId, prefer: Prefer = None) 
     deployment: str = state.settings.deployment
     seconds = wait_seconds(prefer)
     with state.live.watch(image_id, deployment) if seconds else nullcontext() as watch:
-        view = await read_view(state.database, image_id, deployment)
+        view = await read_view(state.database, image_id, deployment, every_version)
         headers = {}
         if watch is not None and view.state == "accepted":
             result = await outcome(state.database, state.live, watch, image_id, deployment, seconds)
             if isinstance(result, ImageState):
-                view = await read_view(state.database, image_id, deployment)
+                view = await read_view(state.database, image_id, deployment, every_version)
             elif result is not None:
                 view = with_result(view, result, deployment)
         if watch is not None:
@@ -133,10 +144,12 @@ async def get_image(request: Request, image_id: ImageId, prefer: Prefer = None) 
     | responses("unauthorized", "not_found", "dependency"),
     summary="Predictions of an image",
 )
-async def get_predictions(request: Request, image_id: ImageId) -> Response:
-    """Return what every deployment said about the image, oldest first."""
+async def get_predictions(
+    request: Request, image_id: ImageId, every_version: EveryVersion = False
+) -> Response:
+    """Return what the newest models of every deployment said about the image, oldest first; or all of them."""
     state = request.app.state
-    stored = await bounded(state.database.predictions(image_id))
+    stored = await bounded(state.database.predictions(image_id, every_version=every_version))
     if not stored and await bounded(state.database.state(image_id, state.settings.deployment)) is None:
         raise unknown_image()
     return JSONResponse(Predictions(image_id, tuple(prediction_view(row.prediction) for row in stored)))
@@ -162,7 +175,9 @@ async def get_trace(request: Request, image_id: ImageId) -> Response:
     return JSONResponse(found)
 
 
-async def read_view(database: Database, image_id: str, deployment: str) -> ImageView:
+async def read_view(
+    database: Database, image_id: str, deployment: str, every_version: bool = False
+) -> ImageView:
     """Return what the database knows of an image.
 
     Raises:
@@ -173,7 +188,8 @@ async def read_view(database: Database, image_id: str, deployment: str) -> Image
     if state is None:
         raise unknown_image()
     row = await bounded(database.image(image_id))
-    predictions = [stored.prediction for stored in await bounded(database.predictions(image_id))]
+    found_predictions = await bounded(database.predictions(image_id, every_version=every_version))
+    predictions = [stored.prediction for stored in found_predictions]
     letters = await bounded(database.dead_letters(image_id=image_id, limit=MAX_DEPLOYMENTS))
     if state.state == "accepted" and (predictions or letters):
         # Stored since the state was read: an answer must not show a prediction and deny it.
@@ -249,6 +265,7 @@ def prediction_view(prediction: Prediction) -> PredictionView:
         id=prediction.id,
         deployment=prediction.deployment,
         outcome=prediction.outcome,
+        revision=prediction.revision,
         time=prediction.time,
         receipt=prediction.receipt,
         models=tuple(msgspec.structs.replace(model, embedding=None) for model in prediction.models),

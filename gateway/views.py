@@ -49,6 +49,8 @@ class PredictionView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     time: datetime
     receipt: Receipt
     models: tuple[ModelResult, ...] = ()
+    #: Of the deployment's models; absent for those that the setting names.
+    revision: int = 0
     reason: str | None = None
 
 
@@ -71,7 +73,7 @@ class ImageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Predictions(msgspec.Struct, frozen=True):
-    """All predictions of one image, oldest first."""
+    """The predictions of one image, oldest first."""
 
     id: str
     predictions: tuple[PredictionView, ...]

@@ -49,6 +49,9 @@ class Accounting(msgspec.Struct, frozen=True, kw_only=True):
     unexpected: tuple[str, ...]
     #: Records on the output topics beyond the first for an id: work done again, never seen.
     repeated: int
+    #: Results in whose place those of a newer version of the models are shown: a record that was delivered again
+    #: after a swap has one of each, and shows one.
+    superseded: int = 0
 
     @property
     def is_clean(self) -> bool:
@@ -60,14 +63,18 @@ class Accounting(msgspec.Struct, frozen=True, kw_only=True):
         return (
             f"sent {self.sent}, results {self.results}, dead letters {self.dead_letters}, lost {len(self.lost)}, "
             f"visible duplicates {len(self.visible_duplicates)}, unexpected {len(self.unexpected)}, "
-            f"repeated {self.repeated}"
+            f"repeated {self.repeated}, superseded {self.superseded}"
         )
 
 
 def account(
-    journal: Journal, results: Mapping[str, int], dead_letters: Mapping[str, int], repeated: int = 0
+    journal: Journal,
+    results: Mapping[str, int],
+    dead_letters: Mapping[str, int],
+    repeated: int = 0,
+    superseded: int = 0,
 ) -> Accounting:
-    """Compare the journal with results and dead letters, each counted per event id."""
+    """Compare the journal with results that are shown and dead letters, each counted per event id."""
     seen = Counter(results) + Counter(dead_letters)
     return Accounting(
         sent=len(journal),
@@ -77,6 +84,7 @@ def account(
         visible_duplicates=tuple(sorted(image_id for image_id, count in seen.items() if count > 1)),
         unexpected=tuple(sorted(image_id for image_id in seen if image_id not in journal.places)),
         repeated=repeated,
+        superseded=superseded,
     )
 
 
@@ -134,7 +142,8 @@ async def account_database(
     stored = await database.accounting(image_ids=None if whole else list(journal.places))
     results, letters = _seen(settings, stored)
     counts = await count_topics(settings, settings.deployment)
-    return account(journal, results, letters, counts.repeated_of(journal))
+    superseded = sum(not row.is_newest for row in stored.results if row.deployment == settings.deployment)
+    return account(journal, results, letters, counts.repeated_of(journal), superseded)
 
 
 def seen_ids(settings: Settings, stored: Stored) -> set[str]:
@@ -144,9 +153,11 @@ def seen_ids(settings: Settings, stored: Stored) -> set[str]:
 
 
 def _seen(settings: Settings, stored: Stored) -> tuple[Counter[str], Counter[str]]:
-    """Count results and open dead letters of the deployment per image id."""
+    """Count the results that are shown and the open dead letters of the deployment per image id."""
     groups = {settings.group("predict"), settings.group("store")}
-    results = Counter(row.image_id for row in stored.results if row.deployment == settings.deployment)
+    results = Counter(
+        row.image_id for row in stored.results if row.deployment == settings.deployment and row.is_newest
+    )
     letters = Counter(
         row.image_id or f"{row.topic}:{row.partition}:{row.offset}"
         for row in stored.dead_letters

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millrace import cli_measure, cli_operations, cli_search
+from millrace import cli_measure, cli_models, cli_operations, cli_search
 from millrace.command import Json, run
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ app.add_typer(cli_operations.app)
 app.add_typer(cli_measure.app)
 app.add_typer(publish_app, name="publish")
 app.add_typer(predictions_app, name="predictions")
+app.add_typer(cli_models.app, name="models")
 app.add_typer(dead_letters_app, name="dead-letters")
 
 
@@ -125,6 +126,9 @@ def predictions_get(
         float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for an outcome.")
     ] = 0.0,
     deployment: Annotated[str, typer.Option(help="Whose state is told.")] = "default",
+    every_version: Annotated[
+        bool, typer.Option("--all", help="Also what older versions of the models said.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what became of an image; exit 0 only if it has a prediction."""
@@ -134,7 +138,7 @@ def predictions_get(
 
         from millrace import results
 
-        return asyncio.run(results.get(settings, image_id, wait, deployment, as_json))
+        return asyncio.run(results.get(settings, image_id, wait, deployment, as_json, every_version))
 
     run(body)
 

@@ -110,7 +110,10 @@ async def list_topics(settings: Settings, as_json: bool) -> int:
         for line in lines:
             emit(line)
         return 0
-    retention = {settings.topic(topic.name): topic.retention_seconds for topic in TOPICS}
+    kept = {
+        settings.topic(topic.name): "latest" if topic.compacted else f"{topic.retention_seconds / 86400:g}d"
+        for topic in TOPICS
+    }
     show_table(
         ("TOPIC", "PARTITIONS", "REPLICAS", "RETENTION", "STATE"),
         [
@@ -118,7 +121,7 @@ async def list_topics(settings: Settings, as_json: bool) -> int:
                 line.topic,
                 line.partitions,
                 line.replication_factor,
-                f"{retention[line.topic] / 86400:g}d",
+                kept[line.topic],
                 line.state,
             )
             for line in lines

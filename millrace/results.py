@@ -53,7 +53,14 @@ def parse_start(text: str) -> Start:
         ) from None
 
 
-async def get(settings: Settings, image_id: str, wait_seconds: float, deployment: str, as_json: bool) -> int:
+async def get(
+    settings: Settings,
+    image_id: str,
+    wait_seconds: float,
+    deployment: str,
+    as_json: bool,
+    every_version: bool = False,
+) -> int:
     """Print an image's state and predictions; 0 only if the deployment has predicted it.
 
     Raises:
@@ -65,7 +72,8 @@ async def get(settings: Settings, image_id: str, wait_seconds: float, deployment
         if state is None:
             say(f"nothing is known of {image_id!r}")
             return EXIT_FAILED
-        predictions = tuple(stored.prediction for stored in await database.predictions(image_id))
+        found = await database.predictions(image_id, every_version=every_version)
+        predictions = tuple(stored.prediction for stored in found)
     finally:
         await database.close()
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline import deadletters, events, examples, topics
+from pipeline import deadletters, deployments, events, examples, topics
 from pipeline.topics import Topic
 
 JsonObject = dict[str, Any]
@@ -34,6 +34,8 @@ NOTES = {
     "Prediction.lane": "realtime or bulk.",
     "Prediction.time": "When the outcome was known.",
     "Prediction.models": "One entry per model, in the deployment's order; empty when expired.",
+    "Prediction.revision": "Of the deployment's models, see `models.v1`; 0 is what `MILLRACE_MODELS` said. Of two \
+predictions of an image in a deployment the one of the higher revision counts.",
     "Prediction.reason": "Why there are no models' results, when the outcome is `expired`.",
     "Prediction.traceparent": "W3C trace context of the image event.",
     "Prediction.purpose": "`query`: only searched with; not stored, and best ignored.",
@@ -51,6 +53,14 @@ NOTES = {
     "Receipt.queue_seconds": "From the worker's receipt to the start of its decode, plus the wait for a batch.",
     "Receipt.batch_wait_seconds": "The part of queue_seconds behind the decode: for a batch and the device.",
     "Receipt.forward_seconds": "Of the whole batch, all models.",
+    "Version.revision": "Counts up by activation; 0 is what `MILLRACE_MODELS` says.",
+    "Version.models": "Specifications, as in `MILLRACE_MODELS`, in the order of the results.",
+    "Version.artefacts": "Files of the models, in the object store as `models/SHA256/NAME`.",
+    "Desired.predecessor": "What a replica runs that cannot load the version; absent: what `MILLRACE_MODELS` says.",
+    "Status.time": "Of this report; a replica that was not heard of for 35 seconds counts as gone.",
+    "Status.revision": "What it runs; absent while it starts.",
+    "Status.loading": "What it is loading beside that.",
+    "Status.attempts": "How often in a row it has begun to load that.",
 }
 
 
@@ -86,6 +96,9 @@ def document() -> JsonObject:
             "receiveDeadLetter": _operation(
                 "receive", topics.DEAD_LETTERS, "Receive what could not be finished, and why."
             ),
+            "receiveModels": _operation(
+                "receive", topics.MODELS, "Follow which models should run, and which do."
+            ),
         },
         "components": {"messages": _messages(), "schemas": _schemas()},
     }
@@ -95,8 +108,8 @@ def _channel(topic: Topic) -> JsonObject:
     return {
         "address": topic.name,
         "description": f"{topic.description} Producers: {', '.join(topic.producers)}. "
-        f"Consumers: {', '.join(topic.consumers)}.",
-        "messages": {_message_name(topic): {"$ref": f"#/components/messages/{_message_name(topic)}"}},
+        f"Consumers: {', '.join((*topic.consumers, *topic.followers))}.",
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in _message_names(topic)},
         "bindings": {
             "kafka": {
                 "topic": topic.name,
@@ -121,14 +134,18 @@ def _operation(action: str, topic: Topic, summary: str) -> JsonObject:
         "action": action,
         "channel": {"$ref": channel},
         "summary": summary,
-        "messages": [{"$ref": f"{channel}/messages/{_message_name(topic)}"}],
+        "messages": [{"$ref": f"{channel}/messages/{name}"} for name in _message_names(topic)],
     }
 
 
-def _message_name(topic: Topic) -> str:
+def _message_names(topic: Topic) -> tuple[str, ...]:
     if topic.lane:
-        return "image"
-    return {topics.PREDICTIONS: "prediction", topics.DEAD_LETTERS: "deadLetter"}[topic]
+        return ("image",)
+    return {
+        topics.PREDICTIONS: ("prediction",),
+        topics.DEAD_LETTERS: ("deadLetter",),
+        topics.MODELS: ("desiredModels", "replicaStatus"),
+    }[topic]
 
 
 def _messages() -> JsonObject:
@@ -164,6 +181,27 @@ def _messages() -> JsonObject:
             "payload": image_bytes,
             "bindings": _key("The original record's key."),
             "examples": [_dead_letter_example()],
+        },
+        "desiredModels": {
+            "title": "The version of its models that a deployment should run",
+            "summary": "The latest record of a deployment counts; an empty value takes it back.",
+            "contentType": "application/json",
+            "headers": _models_headers(deployments.DESIRED_TYPE),
+            "payload": {"$ref": "#/components/schemas/Desired"},
+            "bindings": _key("The deployment."),
+            "examples": [_models_example("activated", examples.desired())],
+        },
+        "replicaStatus": {
+            "title": "What one replica runs",
+            "summary": "Repeated every few seconds; an empty value says that the replica has ended.",
+            "contentType": "application/json",
+            "headers": _models_headers(deployments.STATUS_TYPE),
+            "payload": {"$ref": "#/components/schemas/Status"},
+            "bindings": _key("deployment/replica"),
+            "examples": [
+                _models_example(name, status)
+                for name, status in zip(("runs", "refused"), examples.statuses(), strict=True)
+            ],
         },
     }
 
@@ -227,6 +265,19 @@ def _prediction_headers() -> JsonObject:
     )
 
 
+def _models_headers(event_type: str) -> JsonObject:
+    return _headers(
+        {
+            "ce_specversion": {"const": "1.0"},
+            "ce_type": {"const": event_type},
+            "ce_id": {"description": "The key with the revision, or the time of the report."},
+            "ce_source": {"description": "millrace/models/KEY"},
+            "ce_time": _TIMESTAMP,
+            "content-type": {"const": "application/json"},
+        }
+    )
+
+
 def _dead_letter_headers() -> JsonObject:
     own = {
         "group": {"description": "The consumer group that gave the record up."},
@@ -259,7 +310,8 @@ _TRACE: JsonObject = {"pattern": f"^{events.TRACEPARENT.pattern}$", "description
 
 def _schemas() -> JsonObject:
     _, schemas = msgspec.json.schema_components(
-        [events.Prediction], ref_template="#/components/schemas/{name}"
+        [events.Prediction, deployments.Desired, deployments.Status],
+        ref_template="#/components/schemas/{name}",
     )
     for place, note in NOTES.items():
         struct, _, field = place.partition(".")
@@ -294,6 +346,11 @@ def _prediction_examples() -> list[JsonObject]:
 
 def _dead_letter_example() -> JsonObject:
     return {"name": "undecodable"} | _example(deadletters.encode_dead_letter(examples.dead_letter()))
+
+
+def _models_example(name: str, value: deployments.Desired | deployments.Status) -> JsonObject:
+    outgoing = deployments.encode(value)
+    return {"name": name} | _example(outgoing) | {"payload": msgspec.json.decode(outgoing.value or b"")}
 
 
 def _example(outgoing: events.Outgoing) -> JsonObject:

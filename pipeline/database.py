@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from pipeline import search, writes
 from pipeline.deadletters import DeadLetter
+from pipeline.deployments import Desired, Status
 from pipeline.errors import DependencyError
 from pipeline.events import Prediction
 from pipeline.postgres import QUERIES, Pool
@@ -20,6 +21,7 @@ from pipeline.results import (
     Expired,
     ImageRow,
     ImageState,
+    ModelVersion,
     ResultPlace,
     Saved,
     SavedImage,
@@ -27,6 +29,7 @@ from pipeline.results import (
     StoredPrediction,
     TracedImage,
     read_dead_letter,
+    read_model_version,
     read_prediction,
 )
 from pipeline.settings import Settings
@@ -109,6 +112,22 @@ class Database:
             await connection.execute(QUERIES["writers_share"], _DELETION_LOCK)
             return await writes.save_images(connection, rows) if rows else []
 
+    async def save_models(self, values: Sequence[Desired | Status]) -> None:
+        """Add what `models.v1` said to the history, in one transaction; what is there already stays.
+
+        Raises:
+            StorageRefusedError, DependencyError: as `save` does.
+        """
+        async with self._pool.transaction() as connection:
+            await writes.save_models(connection, values)
+
+    async def model_history(
+        self, deployment: str, limit: int, before: int | None = None
+    ) -> list[ModelVersion]:
+        """Return a deployment's versions, newest first; `before` is the revision of the last one seen."""
+        rows = await self._pool.rows("model_history", deployment, limit, before)
+        return [read_model_version(row) for row in rows]
+
     async def image(self, image_id: str) -> ImageRow | None:
         """Return an image's row."""
         rows = await self._pool.rows("images", [image_id])
@@ -133,9 +152,10 @@ class Database:
             state=fact["fact"], code=fact["code"], reason=fact["reason"], dead_letter_id=fact["id"]
         )
 
-    async def predictions(self, image_id: str) -> list[StoredPrediction]:
-        """Return an image's predictions, of all deployments, oldest first."""
-        return [read_prediction(row) for row in await self._pool.rows("predictions_of_image", image_id)]
+    async def predictions(self, image_id: str, *, every_version: bool = False) -> list[StoredPrediction]:
+        """Return an image's predictions, the newest of each deployment or those of every version, oldest first."""
+        query = "predictions_of_image" if every_version else "newest_predictions_of_image"
+        return [read_prediction(row) for row in await self._pool.rows(query, image_id)]
 
     async def recent_predictions(
         self, limit: int, before: int | None = None, deployment: str | None = None

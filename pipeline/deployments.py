@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from pipeline.errors import ContractError
+from pipeline.errors import ConfigurationError, ContractError
 from pipeline.events import Outgoing, Record
 
 DESIRED_TYPE = "millrace.models.desired.v1"
@@ -22,6 +22,9 @@ STATUS_TYPE = "millrace.models.status.v1"
 # clocks of two machines, is not counted any more.
 REPORT_SECONDS = 10.0
 SILENT_SECONDS = 3 * REPORT_SECONDS + 5.0
+
+#: What may come before the first colon of a specification.
+SOURCES = ("builtin", "torchvision", "timm", "hf", "file", "python")
 
 _TEXT = r"^[^\x00-\x1f\x7f]*$"
 Deployment = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -165,6 +168,22 @@ def _decode_value(decoder: msgspec.json.Decoder[Desired] | msgspec.json.Decoder[
         return decoder.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractError(f"not a record of models.v1: {error}") from error
+
+
+def check_models(text: str) -> list[str]:
+    """Return the specifications in a comma-separated text; whether they load is each replica's affair.
+
+    Raises:
+        ConfigurationError: there is none, or one is not `SOURCE:NAME`.
+    """
+    models = [name.strip() for name in text.split(",") if name.strip()]
+    if not models:
+        raise ConfigurationError("no model is named")
+    for name in models:
+        source, _, rest = name.partition(":")
+        if source not in SOURCES or not rest:
+            raise ConfigurationError(f"{name!r} is not SOURCE:NAME with a source of {', '.join(SOURCES)}")
+    return models
 
 
 @dataclass

@@ -151,6 +151,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     time: Annotated[datetime, msgspec.Meta(tz=True)]
     receipt: Receipt
     models: tuple[ModelResult, ...] = ()
+    #: Of the deployment's models (`models.v1`); 0 is what `MILLRACE_MODELS` said.
+    revision: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     reason: str | None = None
     traceparent: str | None = None
     #: The image event's; the outcome of a `query` is for whoever waits for it, and is not stored.

@@ -5,6 +5,7 @@ import hashlib
 from datetime import UTC, datetime, timedelta
 
 from pipeline import deadletters, events, topics
+from pipeline.deployments import Artefact, Desired, ModelIdentity, Refusal, Status, Version
 from pipeline.errors import UndecodableImageError
 
 # 4 x 4 pixels, PNG: small enough to read, and a picture that decodes.
@@ -84,3 +85,43 @@ def dead_letter() -> deadletters.DeadLetter:
     )
     error = UndecodableImageError("the first bytes are of no known picture format")
     return deadletters.from_error("predict.default", record, error, TIME + timedelta(seconds=1))
+
+
+def desired() -> Desired:
+    """Return the activation of a model from a file, with one from a library beside it."""
+    artefact = Artefact("otters.safetensors", hashlib.sha256(b"weights").hexdigest(), 44_730_120)
+    return Desired(
+        deployment="wildlife",
+        version=Version(
+            revision=4,
+            models=("file:otters.safetensors#torchvision:resnet18", "builtin:fingerprint"),
+            artefacts=(artefact,),
+        ),
+        activated_by="ann@workstation",
+        activated_at=TIME,
+        predecessor=Version(revision=3, models=("torchvision:resnet18", "builtin:fingerprint")),
+        note="trained on the otters of 2025",
+    )
+
+
+def statuses() -> tuple[Status, ...]:
+    """Return a replica that runs a version, and one that has refused it."""
+    runs = Status(
+        deployment="wildlife", replica="predict-wildlife-0-1", time=TIME + timedelta(seconds=20), revision=4,
+        since=TIME + timedelta(seconds=3),
+        models=(
+            ModelIdentity(
+                "file:otters.safetensors#torchvision:resnet18", "0f1e2d3c4b5a", "0f1e2d3c4b5a" + "0" * 52,
+                "classify",
+            ),
+            ModelIdentity("builtin:fingerprint", "1", hashlib.sha256(b"fingerprint").hexdigest(), "embed"),
+        ),
+    )  # fmt: skip
+    refused = Status(
+        deployment="wildlife", replica="predict-wildlife-1-1", time=TIME + timedelta(seconds=21), revision=3,
+        since=TIME - timedelta(days=1), models=runs.models[1:],
+        refused=Refusal(
+            4, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", TIME + timedelta(seconds=4)
+        ),
+    )  # fmt: skip
+    return runs, refused

@@ -53,6 +53,17 @@ STORE_SECONDS = Histogram("millrace_store_seconds", "One transaction of the stor
 BATCH_SIZE = Histogram("millrace_batch_size", "Pictures in one forward pass.", buckets=_BATCH)
 BATCHES = Counter("millrace_batches", "Forward passes, by why the batch was cut.", ["cut"])
 
+# Models
+MODELS_REVISION = Gauge(
+    "millrace_models_revision", "Revision of the models this worker runs; 0: `MILLRACE_MODELS`."
+)
+MODELS_WANTED_REVISION = Gauge(
+    "millrace_models_wanted_revision", "Revision that the deployment should run; 0: `MILLRACE_MODELS`."
+)
+MODEL_SWAPS = Counter(
+    "millrace_model_swaps", "Versions of models tried, by result: swapped, refused.", ["result"]
+)
+
 # Delivery
 LEDGER_RECORDS = Gauge("millrace_ledger_records", "Records fetched and not finished.", ["step", "lane"])
 LEDGER_BYTES = Gauge("millrace_ledger_bytes", "Bytes of open records.", ["step", "lane"])

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -42,6 +42,7 @@ _THREADS = 16
 # We retry for ever ourselves, and say so in a metric; the client only bridges a dropped connection.
 _RETRIES = 2
 _RETRY_SECONDS = timedelta(seconds=20)
+_PIECE_BYTES = 4 * 1024 * 1024
 
 
 class StoredObject(NamedTuple):
@@ -136,6 +137,22 @@ class ObjectStore:
         _check_key(key)
         return await self._run(lambda: self._get(key, max_bytes))
 
+    async def put_file(self, key: str, path: Path) -> None:
+        """Store a file as `put` does, without reading all of it into memory."""
+        _check_key(key)
+        await self._run(lambda: self._put(key, path))
+
+    async def get_file(self, key: str, path: Path, max_bytes: int) -> None:
+        """Write an object to a file, piece by piece.
+
+        Raises:
+            OSError: the file cannot be made.
+            ContractError, MissingImageError, ImageTooLargeError, DependencyError: as `get` does.
+        """
+        _check_key(key)
+        with path.open("wb") as file:
+            await self._run(lambda: self._get_file(key, file, max_bytes))
+
     async def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; those that are not there are no error.
 
@@ -173,13 +190,19 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             raise DependencyError(f"object store: {_first_line(error)}") from error
 
-    def _put(self, key: str, data: bytes) -> None:
+    def _put(self, key: str, data: bytes | Path) -> None:
         # One request, never multipart: atomic everywhere, and an abandoned one leaves nothing to pay for.
         obstore.put(self._store, key, data, use_multipart=False)
         if self._root is not None:
             _sync(self._root, self._root / key)
 
     def _get(self, key: str, max_bytes: int) -> bytes:
+        return self._found(key, max_bytes).bytes().to_bytes()
+
+    def _get_file(self, key: str, file: BinaryIO, max_bytes: int) -> None:
+        file.writelines(self._found(key, max_bytes).stream(min_chunk_size=_PIECE_BYTES))
+
+    def _found(self, key: str, max_bytes: int) -> "obstore.GetResult":
         try:
             found = obstore.get(self._store, key)
         except FileNotFoundError:
@@ -187,7 +210,7 @@ class ObjectStore:
         size = found.meta["size"]
         if size > max_bytes:
             raise ImageTooLargeError(f"object {key} has {size:,} bytes, the limit is {max_bytes:,}")
-        return found.bytes().to_bytes()
+        return found
 
     def _delete(self, keys: Sequence[str]) -> None:
         try:

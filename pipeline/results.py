@@ -7,6 +7,7 @@ import asyncpg
 import msgspec
 
 from pipeline.deadletters import DeadLetter
+from pipeline.deployments import Artefact, ModelIdentity
 from pipeline.events import Headers, ModelResult, Prediction, Receipt, Record
 
 State = Literal["accepted", "predicted", "dead_lettered", "expired"]
@@ -117,6 +118,32 @@ class Expired(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.images or self.predictions or self.dead_letters)
 
 
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What came of a version on one replica."""
+
+    replica: str
+    state: Literal["runs", "refused"]
+    #: Since when it ran there, or when it was refused.
+    since: datetime
+    models: tuple[ModelIdentity, ...] = ()
+    reason: str | None = None
+
+
+class ModelVersion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A version of a deployment's models, as the history has it."""
+
+    deployment: str
+    revision: int
+    models: tuple[str, ...]
+    activated_by: str
+    activated_at: datetime
+    artefacts: tuple[Artefact, ...] = ()
+    predecessor: int | None = None
+    note: str | None = None
+    #: In the order of their times.
+    reports: tuple[ModelReport, ...] = ()
+
+
 class ResultPlace(msgspec.Struct, frozen=True):
     """One result, for accounting."""
 
@@ -124,6 +151,8 @@ class ResultPlace(msgspec.Struct, frozen=True):
     deployment: str
     outcome: str
     prediction_id: str
+    #: False: results of a newer version of the deployment's models are shown in its place.
+    is_newest: bool
 
 
 class DeadLetterPlace(msgspec.Struct, frozen=True):
@@ -148,6 +177,9 @@ class Accounting(msgspec.Struct, frozen=True):
 _models_decoder = msgspec.json.Decoder(tuple[ModelResult, ...])
 _receipt_decoder = msgspec.json.Decoder(Receipt)
 _headers_decoder = msgspec.json.Decoder(Headers)
+_strings_decoder = msgspec.json.Decoder(tuple[str, ...])
+_artefacts_decoder = msgspec.json.Decoder(tuple[Artefact, ...])
+_reports_decoder = msgspec.json.Decoder(tuple[ModelReport, ...])
 
 
 def read_prediction(row: asyncpg.Record) -> StoredPrediction:
@@ -164,6 +196,7 @@ def read_prediction(row: asyncpg.Record) -> StoredPrediction:
             time=row["predicted_at"],
             receipt=_receipt_decoder.decode(row["receipt"]),
             models=_models_decoder.decode(row["models"]),
+            revision=row["revision"],
             reason=row["reason"],
             traceparent=row["traceparent"],
         ),
@@ -195,6 +228,19 @@ def read_dead_letter(row: asyncpg.Record) -> StoredDeadLetter:
             image_id=row["image_id"],
             value_ref=row["value_ref"],
         ),
+    )
+
+
+def read_model_version(row: asyncpg.Record) -> ModelVersion:
+    """Read a row of `model_history`."""
+    return ModelVersion(
+        **{
+            name: row[name]
+            for name in ("deployment", "revision", "activated_by", "activated_at", "predecessor", "note")
+        },
+        models=_strings_decoder.decode(row["models"]),
+        artefacts=_artefacts_decoder.decode(row["artefacts"]),
+        reports=_reports_decoder.decode(row["reports"]),
     )
 
 

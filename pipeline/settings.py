@@ -133,6 +133,11 @@ class Settings(BaseSettings):
     model_cache: Path | None = Field(
         None, description="Folder with the weights of models; none: `models` in the data folder."
     )
+    replica: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Name of this `predict` worker in `models.v1`; none: host name and process id.",
+    )
     allow_python_models: bool = Field(
         False, description="Allow models named python:MODULE:ATTRIBUTE, which run the code they name."
     )

@@ -6,13 +6,14 @@ as those against stored rows.
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
 from pipeline.deadletters import MAX_COPIED_HEADER_BYTES, MAX_REASON_CHARACTERS, DeadLetter
+from pipeline.deployments import Desired, Status
 from pipeline.errors import ContractError, StorageRefusedError
 from pipeline.events import (
     MAX_ID_CHARACTERS,
@@ -38,7 +39,9 @@ async def save_predictions(connection: Connection, predictions: Sequence[Predict
         StorageRefusedError: an embedding is not what it says.
     """
     first: dict[str, Prediction] = {}
+    revisions: dict[str, int] = {}
     for prediction in predictions:
+        revisions[prediction.id] = max(prediction.revision, revisions.get(prediction.id, 0))
         known = first.get(prediction.id)
         if known is None or _replaces(prediction, known):
             first[prediction.id] = prediction
@@ -49,6 +52,7 @@ async def save_predictions(connection: Connection, predictions: Sequence[Predict
     if len(stored) == len(predictions):
         return counts
     # A statement of its own sees what other writers committed meanwhile.
+    await connection.execute(QUERIES["raise_revisions"], *_transposed(sorted(revisions.items())))
     found = await connection.fetch(QUERIES["prediction_identities"], list(first))
     kept = {row["prediction_id"]: (row["image_id"], row["input_sha256"]) for row in found}
     for prediction in predictions:
@@ -96,6 +100,7 @@ def _prediction(prediction: Prediction) -> tuple[Any, ...]:
         prediction.reason,
         prediction.traceparent,
         prediction.time,
+        prediction.revision,
     )
 
 
@@ -224,6 +229,48 @@ def _image(image: ImageRow) -> tuple[Any, ...]:
         image.source,
         image.expires_at,
     )
+
+
+async def save_models(connection: Connection, values: Sequence[Desired | Status]) -> None:
+    """Add versions and what replicas say of them to the history."""
+    versions = {_version_key(value): value for value in reversed(values) if isinstance(value, Desired)}
+    if versions:
+        rows = [_version(version) for version in versions.values()]
+        await connection.execute(QUERIES["save_model_versions"], *_transposed(rows))
+    reports = {
+        report[:5]: report for value in values if isinstance(value, Status) for report in _reports(value)
+    }
+    if reports:
+        await connection.execute(QUERIES["save_model_reports"], *_transposed(list(reports.values())))
+
+
+def _version_key(desired: Desired) -> tuple[str, int, datetime]:
+    return desired.deployment, desired.version.revision, desired.activated_at
+
+
+def _version(desired: Desired) -> tuple[Any, ...]:
+    """Return one row in the order of `save_model_versions`."""
+    version = desired.version
+    return (
+        desired.deployment,
+        version.revision,
+        desired.activated_at,
+        desired.activated_by,
+        msgspec.json.encode(version.models).decode(),
+        msgspec.json.encode(version.artefacts).decode(),
+        desired.predecessor.revision if desired.predecessor else None,
+        desired.note,
+    )
+
+
+def _reports(status: Status) -> Iterator[tuple[Any, ...]]:
+    """Return rows in the order of `save_model_reports`: what runs, and what was refused."""
+    if status.revision is not None and status.since is not None:
+        models = msgspec.json.encode(status.models).decode()
+        yield status.deployment, status.revision, status.replica, "runs", status.since, models, None
+    if (refused := status.refused) is not None:
+        reason = refused.reason[:500]
+        yield status.deployment, refused.revision, status.replica, "refused", refused.time, "[]", reason
 
 
 def _transposed(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:

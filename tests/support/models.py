@@ -54,6 +54,34 @@ def doing_nothing(device: torch.device) -> BehavingModel:
     return BehavingModel("doing_nothing", _ones)
 
 
+def versioned(device: torch.device, version: str = "1", seconds: str = "0") -> BehavingModel:
+    """Score every picture with the model's own version, after a time per batch."""
+
+    def behave(batch: torch.Tensor) -> list[Output]:
+        time.sleep(float(seconds))
+        return [Output(score=float(version))] * len(batch)
+
+    model = BehavingModel("versioned", behave)
+    model.version = version
+    return model
+
+
+def slow_to_load(device: torch.device, version: str = "1", seconds: str = "5") -> BehavingModel:
+    """Take a time to load."""
+    time.sleep(float(seconds))
+    return versioned(device, version)
+
+
+def aborting_at_load(device: torch.device) -> BehavingModel:
+    """End the process at once, as the kernel does when memory runs out."""
+    os.abort()
+
+
+def failing_to_load(device: torch.device) -> BehavingModel:
+    """Raise when it is made."""
+    raise MemoryError("no memory for 7,000,000,000 parameters")
+
+
 def sleeping(device: torch.device, seconds: str = "1") -> BehavingModel:
     """Take a time per batch, however large."""
 

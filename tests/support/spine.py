@@ -125,6 +125,7 @@ class Spine:
         timeout_seconds: float = 90.0,
         dead_letters: Iterable[str] = (),
         max_repeated: int = 0,
+        max_superseded: int = 0,
         whole: bool = False,
     ) -> faults.Accounting:
         """Wait until all that was sent is stored and committed by `steps`, account, and check.
@@ -144,6 +145,7 @@ class Spine:
         print(accounting.line())
         assert accounting.is_clean, accounting
         assert accounting.repeated <= max_repeated
+        assert accounting.superseded <= max_superseded
         letters = {row.image_id for row in (await self.stored()).dead_letters}
         assert letters == set(dead_letters)
         return accounting

@@ -13,7 +13,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from pipeline import asyncapi, deadletters, events, examples, imaging, topics
+from pipeline import asyncapi, deadletters, deployments, events, examples, imaging, topics
 from pipeline.events import Record
 
 ROOT = Path(__file__).parents[2]
@@ -63,12 +63,13 @@ def test_channels_are_the_topic_table() -> None:
         binding = DOCUMENT["channels"][topic.name]["bindings"]["kafka"]
         assert topic.partitions == binding["partitions"]
         configuration = binding["topicConfiguration"]
-        assert topic.retention_seconds * 1000 == configuration["retention.ms"]
+        age = "min.compaction.lag.ms" if topic.compacted else "retention.ms"
+        assert topic.retention_seconds * 1000 == configuration[age]
         assert topic.max_record_bytes < configuration["max.message.bytes"]
 
 
 def test_operations_are_the_users() -> None:
-    """People send images and receive predictions and dead letters."""
+    """People send images, receive predictions and dead letters, and follow what runs."""
     operations = {
         operation["channel"]["$ref"].removeprefix("#/channels/"): operation["action"]
         for operation in DOCUMENT["operations"].values()
@@ -78,6 +79,7 @@ def test_operations_are_the_users() -> None:
         "images.bulk.v1": "send",
         "predictions.v1": "receive",
         "dead-letters.v1": "receive",
+        "models.v1": "receive",
     }
 
 
@@ -91,21 +93,32 @@ def test_examples_fit_their_schemas(name: str, example: dict[str, Any]) -> None:
     jsonschema.validate(example["payload"], with_schemas, format_checker=jsonschema.FormatChecker())
 
 
+def key_of(payload: Any) -> bytes | None:
+    """Return the key of an example of `models.v1`, as its binding says."""
+    if not isinstance(payload, dict):
+        return None
+    return "/".join(payload[name] for name in ("deployment", "replica") if name in payload).encode()
+
+
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
 def test_examples_decode(name: str, example: dict[str, Any]) -> None:
     """A client that publishes an example as it is shown publishes a valid event."""
     payload = example["payload"]
-    value = msgspec.json.encode(payload) if name == "prediction" else base64.b64decode(payload)
+    is_bytes = name in {"image", "deadLetter"}
+    value = base64.b64decode(payload) if is_bytes else msgspec.json.encode(payload)
     record = Record(
         topic="any",
         partition=0,
         offset=0,
         timestamp_ms=0,
+        key=key_of(payload),
         value=value or None,
         headers=tuple((header, text.encode()) for header, text in example["headers"].items()),
     )
     if name == "prediction":
         assert events.decode_prediction(record) in examples.predictions()
+    elif name in {"desiredModels", "replicaStatus"}:
+        assert deployments.decode(record) in (examples.desired(), *examples.statuses())
     elif name == "deadLetter":
         assert deadletters.decode_dead_letter(record).code == "undecodable_image"
     else:

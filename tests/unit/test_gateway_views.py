@@ -21,7 +21,7 @@ class StoredMeanwhile:
     async def image(self, image_id: str) -> None:
         return None
 
-    async def predictions(self, image_id: str) -> list[StoredPrediction]:
+    async def predictions(self, image_id: str, *, every_version: bool) -> list[StoredPrediction]:
         prediction = examples.predictions()[0]
         return [StoredPrediction(position=1, stored_at=datetime.now(UTC), prediction=prediction)]
 

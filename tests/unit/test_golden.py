@@ -11,15 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline import deadletters, events, topics
+from pipeline import deadletters, deployments, events, topics
 from pipeline.deadletters import DeadLetter
+from pipeline.deployments import Desired, Status
 from pipeline.events import ImageEvent, Outgoing, Prediction, Record
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CODECS: dict[str, tuple[type, Callable[[Record], Any], Callable[[Any], Outgoing]]] = {
+CODECS: dict[str, tuple[Any, Callable[[Record], Any], Callable[[Any], Outgoing]]] = {
     "images/v1": (ImageEvent, events.decode_image, events.encode_image),
     "predictions/v1": (Prediction, events.decode_prediction, events.encode_prediction),
     "dead-letters/v1": (DeadLetter, deadletters.decode_dead_letter, deadletters.encode_dead_letter),
+    "models/v1": (Any, deployments.decode, deployments.encode),
 }
 FILES = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/*/*.json"))
 
@@ -35,6 +37,8 @@ class Golden(msgspec.Struct, forbid_unknown_fields=True):
 def read(name: str) -> tuple[Record, Any, Callable[[Record], Any], Callable[[Any], Outgoing]]:
     golden = msgspec.json.decode((GOLDEN / name).read_bytes(), type=Golden)
     kind, decode, encode = CODECS[name.rpartition("/")[0]]
+    if name.startswith("models/"):  # the key tells the two kinds apart
+        kind = Status if b"/" in (golden.record.key or b"") else Desired
     return golden.record, msgspec.json.decode(golden.event, type=kind), decode, encode
 
 

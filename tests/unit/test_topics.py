@@ -6,7 +6,7 @@ from agents.archive import Archive
 from agents.predict import Predict
 from agents.store import Store
 from pipeline import topics
-from pipeline.topics import DAY_SECONDS, LANES, TOPICS, Topic
+from pipeline.topics import LANES, TOPICS
 
 
 def test_names_are_told_apart() -> None:
@@ -46,12 +46,11 @@ def test_configuration_is_kafkas() -> None:
     """What is set on the broker follows from the table: clean-up, retention, and room for a batch's header."""
     for topic in TOPICS:
         config = topic.config()
-        assert config["cleanup.policy"] == "delete"
-        assert int(config["retention.ms"]) == topic.retention_seconds * 1000
+        kept, age = ("compact", "min.compaction.lag.ms") if topic.compacted else ("delete", "retention.ms")
+        assert config["cleanup.policy"] == kept
+        assert int(config[age]) == topic.retention_seconds * 1000
         assert int(config["max.message.bytes"]) > topic.max_record_bytes
-    table = {"name": "x.v1", "key": "k", "description": "", "partitions": 1, "max_record_bytes": 1000}
-    compacted = Topic(**table, retention_seconds=DAY_SECONDS, producers=(), consumers=(), compacted=True)  # type: ignore[arg-type]
-    assert compacted.config() == {"cleanup.policy": "compact", "max.message.bytes": str(1000 + 16 * 1024)}
+    assert [topic for topic in TOPICS if topic.compacted] == [topics.MODELS]
 
 
 def test_steps_read_what_the_table_says() -> None:

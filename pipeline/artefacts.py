@@ -1,0 +1,126 @@
+"""Files of models in the object store, by digest: put there by the command line, fetched by replicas.
+
+A file is never overwritten by another one, as its digest is part of its key, and never used before its digest
+was checked, however it came into the folder.
+"""
+
+import asyncio
+import hashlib
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.deployments import Artefact
+from pipeline.errors import ConfigurationError
+from pipeline.objects import ObjectStore
+
+ARTEFACTS_PREFIX = "models"
+FILE_SOURCE = "file:"
+
+
+def object_key(artefact: Artefact) -> str:
+    """Return where a file is kept."""
+    return f"{ARTEFACTS_PREFIX}/{artefact.sha256}/{artefact.name}"
+
+
+def path_of(specification: str) -> str | None:
+    """Return the path in a `file:` specification; None for the other sources."""
+    if not specification.startswith(FILE_SOURCE):
+        return None
+    return specification.removeprefix(FILE_SOURCE).partition("?")[0].partition("#")[0]
+
+
+def with_path(specification: str, path: str) -> str:
+    """Return a `file:` specification with another path."""
+    old = path_of(specification)
+    assert old is not None
+    return FILE_SOURCE + path + specification[len(FILE_SOURCE) + len(old) :]
+
+
+async def upload(
+    objects: ObjectStore, specifications: Sequence[str], sidecars: Sequence[str]
+) -> tuple[list[str], list[Artefact]]:
+    """Put the files that `file:` specifications name, and those beside them, into the object store.
+
+    Returns the specifications with bare file names, as they are the same for every replica, and the files.
+    `sidecars` are the endings of files that belong to a file of the same stem.
+
+    Raises:
+        ConfigurationError: a file is not there, or two of different contents have the same name.
+        DependencyError: the store does not take it now.
+    """
+    bare: list[str] = []
+    found: dict[str, Artefact] = {}
+    for specification in specifications:
+        path = path_of(specification)
+        if path is None:
+            bare.append(specification)
+            continue
+        bare.append(with_path(specification, Path(path).name))
+        for file in _with_sidecars(Path(path), sidecars):
+            artefact = await asyncio.to_thread(_describe, file)
+            if found.setdefault(artefact.name, artefact) != artefact:
+                raise ConfigurationError(f"two different files are named {artefact.name}: rename one")
+            await objects.put_file(object_key(artefact), file)
+    return bare, list(found.values())
+
+
+async def fetch(objects: ObjectStore, artefacts: Sequence[Artefact], cache: Path) -> Path:
+    """Return the folder with these files, fetching what is not there; a wrong digest is fetched again once.
+
+    Raises:
+        MissingImageError: the store does not have one of them.
+        ConfigurationError: what the store has is another file, or the folder cannot be written.
+        DependencyError: the store does not answer now.
+    """
+    identity = "\0".join(f"{artefact.name}\0{artefact.sha256}" for artefact in artefacts)
+    folder = cache / "artefacts" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for artefact in artefacts:
+            path = folder / artefact.name
+            if await asyncio.to_thread(_has_digest, path, artefact):
+                continue
+            # Another replica on this machine may do the same: each writes its own, the last one stays.
+            partial = folder / f".{artefact.name}.{secrets.token_hex(4)}"
+            try:
+                await objects.get_file(object_key(artefact), partial, artefact.size_bytes)
+                if not await asyncio.to_thread(_has_digest, partial, artefact):
+                    raise ConfigurationError(
+                        f"the object {object_key(artefact)} is not the file that was activated: its digest differs"
+                    )
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"MILLRACE_MODEL_CACHE: {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _with_sidecars(path: Path, sidecars: Sequence[str]) -> list[Path]:
+    candidates = [path, *(path.with_name(path.stem + ending) for ending in sidecars)]
+    candidates += [path.with_name(path.name + ending) for ending in sidecars]
+    files = [candidate for candidate in dict.fromkeys(candidates) if candidate.is_file()]
+    if path not in files:
+        raise ConfigurationError(f"{path}: there is no such file on this machine")
+    return files
+
+
+def _describe(path: Path) -> Artefact:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return Artefact(path.name, digest, file.tell())
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+
+
+def _has_digest(path: Path, artefact: Artefact) -> bool:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != artefact.size_bytes:
+                return False
+            return hashlib.file_digest(file, "sha256").hexdigest() == artefact.sha256
+    except FileNotFoundError:
+        return False
