@@ -17,7 +17,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse, Response
 
-from gateway import images, operations, predictions, problems, search, views
+from gateway import images, models, operations, predictions, problems, search, views
 from gateway.auth import Keys
 from gateway.boundary import Boundary
 from gateway.intake import PUBLISH_SECONDS, Intake, RowWriter
@@ -28,6 +28,7 @@ from pipeline.broker import Publisher
 from pipeline.connections import client_options, ping
 from pipeline.database import Database
 from pipeline.objects import ObjectStore
+from pipeline.registry import Follower
 from pipeline.settings import Settings
 
 # Swagger UI's files come from a package, not from a CDN: the page works without internet, and nobody else's
@@ -65,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
     app.state.objects = ObjectStore.open(settings)
     app.state.memory = Memory(settings.max_image_bytes)
-    routers = (images.router, predictions.router, search.router, operations.router)
+    routers = (images.router, predictions.router, search.router, models.router, operations.router)
     for router in routers:
         app.include_router(router)
     _add_docs(app)
@@ -92,7 +93,12 @@ async def _serve(app: FastAPI) -> AsyncIterator[None]:
         live = Live(settings)
         live.start()
         stack.push_async_callback(live.stop)
+        following = Follower(settings, client_id="millrace-gateway")
+        stack.push_async_callback(following.stop)
+        reading = asyncio.create_task(following.start(), name="follow the models")
+        stack.push_async_callback(_cancel, reading)
         app.state.database = database
+        app.state.following = following
         app.state.live = live
         app.state.intake = Intake(settings, publisher, app.state.objects, rows, database)
         app.state.checks = Checks(

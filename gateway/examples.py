@@ -12,7 +12,9 @@ from gateway.views import (
     SimilarImage,
     links,
 )
-from pipeline.events import ModelResult, Receipt
+from pipeline import examples
+from pipeline.deployments import DeploymentView, Desired, Registry, Status, encode
+from pipeline.events import ModelResult, Receipt, Record
 from pipeline.results import TracedImage
 from pipeline.trace import Batch, DeploymentTrace, Step, Trace
 
@@ -38,6 +40,25 @@ _PREDICTION = PredictionView(
     ),
 )  # fmt: skip
 
+
+def _wildlife() -> DeploymentView:
+    known = Registry()
+    values: tuple[Desired | Status, ...] = (examples.desired(), *examples.statuses())
+    for value in values:
+        outgoing = encode(value)
+        known.apply(
+            Record(
+                topic="models.v1",
+                partition=0,
+                offset=0,
+                timestamp_ms=0,
+                key=outgoing.key,
+                value=outgoing.value,
+            )
+        )
+    return known["wildlife"].view(examples.statuses()[-1].time)
+
+
 ACCEPTED = ImageView(
     id=_ID, state="accepted", links=links(_ID), lane="realtime", content_type="image/jpeg", size_bytes=48_213,
     sha256=_SHA256,
@@ -48,6 +69,7 @@ PREDICTED = ImageView(
     deployments={"default": DeploymentState("predicted")},
     predictions=(_PREDICTION,),
 )  # fmt: skip
+WILDLIFE = _wildlife()
 PREDICTIONS = Predictions(_ID, (_PREDICTION,))
 SIMILAR = Similar(
     query=SearchedWith(

@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[int, str]] = {
     errors.ModelError.code: (500, "The model failed on this image"),
     errors.ProcessKilledError.code: (500, "The image killed the worker that opened it"),
     errors.StorageRefusedError.code: (422, "The database refuses this data"),
+    errors.ConflictError.code: (409, "Somebody else changed it first"),
     errors.DependencyError.code: (503, "A service this needs does not answer"),
     # HTTP's own
     "malformed_request": (400, "The request cannot be read"),
@@ -53,6 +54,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "invalid_request": (422, "A parameter is not valid"),
     "idempotency_key_reused": (422, "The idempotency key belongs to another picture"),
     "batch_refused": (422, "No picture of the batch was accepted"),
+    "models_refused": (422, "These models cannot be activated over HTTP"),
     "internal": (500, "The gateway failed"),
     "overloaded": (503, "More requests are open than the gateway can hold"),
     "stopping": (503, "The gateway is shutting down"),

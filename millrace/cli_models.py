@@ -40,7 +40,7 @@ def models_activate(
     ] = None,
     wait: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for the replicas.")
-    ] = 120.0,
+    ] = 60.0,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait for the replicas.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +49,13 @@ def models_activate(
     Files that `file:` models name are taken from this machine and put into the object store. Exit 0 only if
     every replica runs the version; one that cannot load it goes on with what it has, and says why.
     """
+    from pipeline.deployments import check_models
+    from pipeline.errors import ConfigurationError
+
+    try:
+        check_models(models)
+    except ConfigurationError as error:
+        raise typer.BadParameter(error.message, param_hint="MODELS") from None
 
     def body(settings: "Settings") -> int:
         import asyncio

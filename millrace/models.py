@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import msgspec
-
 from millrace.output import EXIT_FAILED, counted, emit, say, show, show_table
 from pipeline import artefacts, registry
-from pipeline.deployments import Desired, ReplicaState, Running, Status, check_models
+from pipeline.deployments import Desired, Running, check_models
 from pipeline.objects import ObjectStore
 from pipeline.results import ModelVersion
 from pipeline.settings import Settings
@@ -33,23 +31,6 @@ class Wish:
     as_json: bool = False
 
 
-class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica in `models list --json`."""
-
-    state: ReplicaState
-    status: Status
-
-
-class DeploymentLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `models list --json`, and what `models activate --json` prints."""
-
-    deployment: str
-    #: 0: none was activated, MILLRACE_MODELS counts.
-    revision: int
-    desired: Desired | None
-    replicas: tuple[ReplicaLine, ...]
-
-
 async def show_list(settings: Settings, deployment: str | None, as_json: bool) -> int:
     """Print what each deployment should run and what its replicas run; 1 if one that is named is not known.
 
@@ -60,7 +41,7 @@ async def show_list(settings: Settings, deployment: str | None, as_json: bool) -
     found = [running for running in known if deployment in (None, running.name)]
     if as_json:
         for running in found:
-            emit(_line(running))
+            emit(running.view(datetime.now(UTC)))
     elif found:
         _show(found)
     if not found:
@@ -110,7 +91,7 @@ async def activate(settings: Settings, wish: Wish) -> int:
     finally:
         await follower.stop()
     if wish.as_json:
-        emit(_line(running))
+        emit(running.view(datetime.now(UTC)))
     return _judge(running, revision, quiet=wish.as_json, waited=bool(wish.wait_seconds))
 
 
@@ -173,18 +154,6 @@ async def history(settings: Settings, deployment: str, limit: int, as_json: bool
     if not versions:
         say(f"the database has no version of {deployment}")
     return 0 if versions else EXIT_FAILED
-
-
-def _line(running: Running) -> DeploymentLine:
-    states = running.states(datetime.now(UTC))
-    return DeploymentLine(
-        deployment=running.name,
-        revision=running.revision,
-        desired=running.desired,
-        replicas=tuple(
-            ReplicaLine(state=state, status=running.replicas[name]) for name, state in states.items()
-        ),
-    )
 
 
 def _show(found: Sequence[Running]) -> None:

@@ -170,6 +170,25 @@ def _decode_value(decoder: msgspec.json.Decoder[Desired] | msgspec.json.Decoder[
         raise ContractError(f"not a record of models.v1: {error}") from error
 
 
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica, and how it stands to the desired version."""
+
+    state: ReplicaState
+    status: Status
+
+
+class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment: what it should run, and what its replicas run."""
+
+    deployment: str
+    #: The desired one; 0: none was activated, `MILLRACE_MODELS` counts.
+    revision: int
+    #: Whether every replica that is heard of runs it or has refused it.
+    is_settled: bool
+    desired: Desired | None
+    replicas: tuple[ReplicaView, ...]
+
+
 def check_models(text: str) -> list[str]:
     """Return the specifications in a comma-separated text; whether they load is each replica's affair.
 
@@ -222,6 +241,19 @@ class Running:
     def states(self, now: datetime) -> dict[str, ReplicaState]:
         """Return each replica's state by name."""
         return {name: self.state(self.replicas[name], now) for name in sorted(self.replicas)}
+
+    def view(self, now: datetime) -> "DeploymentView":
+        """Return what command line and HTTP show of it."""
+        return DeploymentView(
+            deployment=self.name,
+            revision=self.revision,
+            is_settled=self.is_settled(now),
+            desired=self.desired,
+            replicas=tuple(
+                ReplicaView(state=state, status=self.replicas[name])
+                for name, state in self.states(now).items()
+            ),
+        )
 
     def is_settled(self, now: datetime) -> bool:
         """Whether every replica that is heard of runs the desired version or has refused it."""

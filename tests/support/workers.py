@@ -73,6 +73,11 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
 
+    def wait(self, timeout_seconds: float) -> None:
+        """Return when it has ended by itself."""
+        assert self._process is not None
+        self._process.wait(timeout_seconds)
+
     def send(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
