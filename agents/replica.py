@@ -177,7 +177,8 @@ class Replica:
         except Exception as error:  # models and the libraries that load them raise anything
             await self._refuse(version, error)
             return error
-        self._running, self._refused = version, None
+        # One that it fell back to does not make the refused one worth another try.
+        self._running, self._refused = version, self._refused if version != self._wanted else None
         metrics.MODEL_SWAPS.labels("swapped").inc()
         metrics.MODELS_REVISION.set(version.revision)
         log.info("runs models", revision=version.revision, models=[model.name for model in models])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from millrace.output import EXIT_FAILED, counted, emit, say, show, show_table
+from millrace.output import EXIT_FAILED, EXIT_USAGE, counted, emit, say, show, show_table
 from pipeline import artefacts, registry
 from pipeline.deployments import Desired, Running, check_models
+from pipeline.errors import ConfigurationError
 from pipeline.objects import ObjectStore
 from pipeline.results import ModelVersion
 from pipeline.settings import Settings
@@ -57,7 +58,6 @@ async def activate(settings: Settings, wish: Wish) -> int:
     """Activate models and wait for the replicas; 0 only if each of them runs them.
 
     Raises:
-        ConfigurationError: a specification or file cannot be.
         ConflictError: somebody else was first.
         DependencyError: the broker or the object store does not answer.
     """
@@ -65,11 +65,12 @@ async def activate(settings: Settings, wish: Wish) -> int:
     objects = ObjectStore.open(settings)
     try:
         models, files = await artefacts.upload(objects, models, SIDECARS)
+    except ConfigurationError as error:
+        say(f"millrace: {error.message}")
+        return EXIT_USAGE
     finally:
         objects.close()
-    follower = registry.Follower(settings, client_id="millrace-cli")
-    await follower.start(wait=False)
-    try:
+    async with registry.Follower(settings, client_id="millrace-cli") as follower:
         desired = await registry.activate(
             settings,
             wish.deployment,
@@ -88,8 +89,6 @@ async def activate(settings: Settings, wish: Wish) -> int:
                 lambda known: known[wish.deployment].is_settled(datetime.now(UTC)), wish.wait_seconds
             )
         running = follower.registry[wish.deployment]
-    finally:
-        await follower.stop()
     if wish.as_json:
         emit(running.view(datetime.now(UTC)))
     return _judge(running, revision, quiet=wish.as_json, waited=bool(wish.wait_seconds))

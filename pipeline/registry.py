@@ -80,6 +80,19 @@ class Follower:
         self.is_caught_up = True
         self._following = asyncio.create_task(self._follow({_place(record) for record in records}))
 
+    async def __aenter__(self) -> "Follower":
+        """Start without waiting for a broker; raises as `start` does."""
+        try:
+            await self.start(wait=False)
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """End reading."""
+        await self.stop()
+
     async def stop(self) -> None:
         """End reading; safe to call at any time."""
         if self._following is not None:
@@ -195,6 +208,11 @@ async def _sole_writer(settings: Settings, deployment: str) -> AsyncIterator[AIO
     try:
         yield producer
     finally:
+        # A writer that was fenced off has learnt it from its record; aiokafka says it here, too, and asyncio
+        # would log that nobody listened.
+        waiter = producer._txn_manager._transaction_waiter
+        if waiter is not None and waiter.done():
+            waiter.exception()
         with contextlib.suppress(KafkaError, TimeoutError):
             async with asyncio.timeout(5.0):
                 await producer.stop()

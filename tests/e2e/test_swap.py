@@ -3,8 +3,6 @@
 import asyncio
 import signal
 import statistics
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 
@@ -36,14 +34,8 @@ async def activate(spine: Spine, model: str, deployment: str = "default") -> Des
     return await registry.activate(spine.settings, deployment, [model], activated_by="test")
 
 
-@asynccontextmanager
-async def following(settings: Settings) -> AsyncIterator[Follower]:
-    follower = Follower(settings, client_id="test")
-    await follower.start(wait=False)
-    try:
-        yield follower
-    finally:
-        await follower.stop()
+def following(settings: Settings) -> Follower:
+    return Follower(settings, client_id="test")
 
 
 async def settled(

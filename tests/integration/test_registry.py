@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaProducer
 from pipeline import admin, deployments, registry
 from pipeline.broker import Publisher
 from pipeline.connections import client_options
-from pipeline.deployments import Desired, Status
+from pipeline.deployments import Desired, Registry, Status
 from pipeline.errors import ConflictError, ContractError, DependencyError
 from pipeline.events import Outgoing
 from pipeline.registry import Follower, activate
@@ -37,21 +37,19 @@ async def publish(settings: Settings, *records: Outgoing) -> None:
 
 async def test_activations_count_up_and_are_seen(settings: Settings) -> None:
     """Each activation is the next revision, names the one before, and is read back when it returns."""
-    follower = Follower(settings, client_id="test")
     await activate(settings, "wildlife", ["builtin:a"], activated_by="ann")
-    await follower.start(wait=False)
-    assert follower.registry["wildlife"].revision == 1
-    await activate(settings, "wildlife", ["builtin:b"], activated_by="ben", note="better")
-    await activate(settings, "default", ["builtin:c"], activated_by="ben")
-    known = await registry.read(settings)
+    async with Follower(settings, client_id="test") as follower:
+        assert follower.registry["wildlife"].revision == 1
+        await activate(settings, "wildlife", ["builtin:b"], activated_by="ben", note="better")
+        await activate(settings, "default", ["builtin:c"], activated_by="ben")
+        known = await registry.read(settings)
+        assert await follower.wait_until(lambda seen: list(seen) == list(known), 20.0)
     second = known["wildlife"].desired
     assert second is not None
     assert (second.version.models, second.activated_by, second.note) == (("builtin:b",), "ben", "better")
     assert second.predecessor is not None
     assert (second.predecessor.revision, second.predecessor.models) == (1, ("builtin:a",))
     assert known["default"].revision == 1
-    assert await follower.wait_until(lambda seen: list(seen) == list(known), 20.0)
-    await follower.stop()
 
 
 async def test_concurrent_activations_do_not_overwrite_each_other(settings: Settings) -> None:
@@ -100,29 +98,27 @@ async def test_a_writer_that_died_half_way_changes_nothing(settings: Settings) -
 async def test_garbage_is_passed_over(settings: Settings) -> None:
     """Nothing that anybody publishes on the topic stops a reader or hides what is readable."""
     await activate(settings, "default", ["builtin:a"], activated_by="ann")
-    follower = Follower(settings, client_id="test")
-    await follower.start(wait=False)
-    status = deployments.encode(Status(deployment="default", replica="r", time=datetime.now(UTC), revision=1))
+    later = b'{"deployment":"default","replica":"r","time":"2026-01-01T00:00:00Z"}'
+    # The broker itself refuses a record without a key on a compacted topic.
     garbage = [
         Outgoing(b"default", b"\xff\x00{", ()),
         Outgoing(b"default", b"{}", (("ce_type", b"millrace.models.desired.v9"),)),
         Outgoing(b"default/r", b"[" * 10_000, ()),
-        Outgoing(
-            b"default/r",
-            b'{"deployment":"default","replica":"r","time":"2026-01-01T00:00:00Z"}',
-            (("\xff", b"x"),),
-        ),
+        Outgoing(b"default/r", later, (("\xff", b"x"),)),
         Outgoing(b"\xff/\xff", b"null", ()),
-        Outgoing(None, b"no key", ()),
-        status,
+        Outgoing(b"", b"an empty key", ()),
+        deployments.encode(Status(deployment="default", replica="r", time=datetime.now(UTC), revision=1)),
     ]
-    await publish(settings, *garbage)
-    assert await follower.wait_until(lambda known: known["default"].replicas["r"].revision == 1
-                                     if "r" in known["default"].replicas else False, 20.0)  # fmt: skip
-    assert follower.registry["default"].revision == 1
-    # Whoever starts now reads the same.
-    assert list(await registry.read(settings)) == list(follower.registry)
-    await follower.stop()
+    async with Follower(settings, client_id="test") as follower:
+        await publish(settings, *garbage)
+
+        def is_read(known: Registry) -> bool:
+            return [status.revision for status in known["default"].replicas.values()] == [1]
+
+        assert await follower.wait_until(is_read, 20.0)
+        assert follower.registry["default"].revision == 1
+        # Whoever starts now reads the same.
+        assert list(await registry.read(settings)) == list(follower.registry)
 
 
 async def test_what_breaks_the_contract_is_not_published(settings: Settings) -> None:
@@ -141,7 +137,9 @@ async def test_a_follower_waits_for_the_topic(kafka: str, topic_prefix: str) -> 
     follower = Follower(settings, client_id="test")
     starting = asyncio.create_task(follower.start())
     await admin.apply_topics(settings, [MODELS])
-    await asyncio.wait_for(starting, 30.0)
-    await activate(settings, "default", ["builtin:a"], activated_by="ann")
-    await eventually(lambda: follower.registry["default"].revision == 1, 20.0)
-    await follower.stop()
+    try:
+        await asyncio.wait_for(starting, 30.0)
+        await activate(settings, "default", ["builtin:a"], activated_by="ann")
+        await eventually(lambda: follower.registry["default"].revision == 1, 20.0)
+    finally:
+        await follower.stop()
