@@ -9,8 +9,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import re
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -22,7 +20,15 @@ import msgspec
 from pipeline import artefacts, deployments, logs, metrics
 from pipeline.broker import Publisher
 from pipeline.connections import backoff_seconds
-from pipeline.deployments import REPORT_SECONDS, ModelIdentity, Refusal, Running, Status, Version
+from pipeline.deployments import (
+    REPORT_SECONDS,
+    ModelIdentity,
+    Refusal,
+    Running,
+    Status,
+    Version,
+    replica_name,
+)
 from pipeline.errors import ConfigurationError, DependencyError, FatalError, MillraceError
 from pipeline.models import Model
 from pipeline.objects import ObjectStore
@@ -64,7 +70,7 @@ class Replica:
         self._publisher = Publisher(
             settings, client_id="predict-models", timeout_seconds=_REPORT_TIMEOUT_SECONDS
         )
-        self._name = settings.replica or _default_name()
+        self._name = settings.replica or replica_name(str(os.getpid()))
         self._specified = Version(revision=0, models=_split(settings.models))
         self._running: Version | None = None
         self._refused: Version | None = None
@@ -300,12 +306,6 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="loading", daemon=True).start()
     return await done
-
-
-def _default_name() -> str:
-    """Return host and process: in a pod the same after a restart of its container."""
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).strip("-.") or "host"
-    return f"{host[:100]}-{os.getpid()}"
 
 
 def _split(models: str) -> tuple[str, ...]:

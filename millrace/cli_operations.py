@@ -171,6 +171,8 @@ def up(
     ] = False,
     samples: Annotated[int, typer.Option(min=0, help="How many pictures to draw and publish.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Draws the same pictures again.")] = 7,
+    deployment: Annotated[str | None, typer.Option(help="Name of the set of models.")] = None,
+    models: Annotated[str | None, typer.Option(help="Models, comma-separated.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run everything on this machine.
@@ -186,4 +188,5 @@ def up(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--replicas") from None
 
-    run(lambda settings: stack.up(settings, stack.Wishes(counts, once, samples, seed, as_json)))
+    wishes = stack.Wishes(counts, once, samples, seed, as_json)
+    run(lambda settings: stack.up(settings, wishes), deployment=deployment, models=models)

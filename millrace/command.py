@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on stdout.")]
 
 
-def run(body: Callable[["Settings"], int]) -> None:
-    """Run a command with the settings, quietly, and exit with its code."""
+def run(body: Callable[["Settings"], int], **overrides: str | None) -> None:
+    """Run a command with the settings, quietly, and exit with its code; options override settings."""
     from millrace.output import guarded
     from pipeline import logs, settings
 
     def prepared() -> int:
-        given = settings.load()
+        given = settings.load(**{name: value for name, value in overrides.items() if value is not None})
         # People get messages; logs only when they ask for them.
         asked = "log_level" in given.model_fields_set
         level = given.log_level if asked else "error"

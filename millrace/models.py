@@ -15,8 +15,6 @@ from pipeline.objects import ObjectStore
 from pipeline.results import ModelVersion
 from pipeline.settings import Settings
 
-# Of what belongs to a file of weights and lies beside it under the same name.
-SIDECARS = (".json", ".txt")
 _DIGEST_CHARACTERS = 12
 
 
@@ -64,7 +62,7 @@ async def activate(settings: Settings, wish: Wish) -> int:
     models = check_models(wish.models)
     objects = ObjectStore.open(settings)
     try:
-        models, files = await artefacts.upload(objects, models, SIDECARS)
+        models, files = await artefacts.upload(objects, models)
     except ConfigurationError as error:
         say(f"millrace: {error.message}")
         return EXIT_USAGE

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from millrace import ports
 from millrace.output import say
 from millrace.supervisor import ChildSpec
+from pipeline.deployments import replica_name
 from pipeline.errors import ConfigurationError, DependencyError
 from pipeline.settings import PREFIX, Settings
 
@@ -60,6 +61,8 @@ def describe_parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
         f"{PREFIX}DATABASE_URL": settings.resolved_database,
         f"{PREFIX}OBJECT_STORE_URL": settings.resolved_object_store,
         f"{PREFIX}DATA_DIR": str(settings.data_dir),
+        f"{PREFIX}DEPLOYMENT": settings.deployment,
+        f"{PREFIX}MODELS": settings.models,
     }
     gateway = [sys.executable, "-m", "gateway"]
     parts = [
@@ -75,6 +78,9 @@ def describe_parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
             name = step if count == 1 else f"{step}-{number}"
             port = next(free)
             own = env | {f"{PREFIX}WORKER_PORT": str(port)} | _threads(settings, step, count)
+            if step == "predict" and settings.replica is None:
+                # The same after a restart, so that a version of models that kills it is given up in the end.
+                own[f"{PREFIX}REPLICA"] = replica_name(name)
             argv = [sys.executable, "-m", "agents", step]
             spec = ChildSpec(name, argv, logs / f"{name}.log", own, stop_seconds)
             parts.append(Part(spec, f"{_loopback(settings.worker_host, port)}/readyz"))

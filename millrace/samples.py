@@ -140,7 +140,8 @@ class Samples:
         if prediction.outcome != "predicted":
             return f"{prediction.outcome}: {prediction.reason}"
         wanted = len([name for name in self._settings.models.split(",") if name.strip()])
-        if len(prediction.models) != wanted:
+        # Of an activated version the setting says nothing.
+        if prediction.revision == 0 and len(prediction.models) != wanted:
             return f"{len(prediction.models)} of {wanted} models answered"
         triage = next((result for result in prediction.models if result.model == TRIAGE_MODEL), None)
         if triage is not None and triage.label != expected:

@@ -20,7 +20,7 @@ from millrace.parts import describe_parts, wait_until_ready
 from millrace.results import line_of
 from millrace.samples import Samples
 from millrace.supervisor import Event, Exited, Restarting, supervise
-from pipeline import broker, deadletters, events
+from pipeline import broker, deadletters, events, registry
 from pipeline.connections import backoff_seconds
 from pipeline.database import Database, migrate
 from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError, ContractError, DependencyError
@@ -161,6 +161,7 @@ class _Stack:
         say(f"starting {', '.join(part.spec.name for part in self._parts)}")
         await wait_until_ready(self._parts)
         say(f"ready after {time.monotonic() - self._begun:.1f} s")
+        await self._say_what_runs()
         async with self._watching():
             if self._wishes.samples:
                 faults = await self._publish_samples()
@@ -240,6 +241,16 @@ class _Stack:
         right = self._wishes.samples - len(faults)
         say(f"{right} of {counted(self._wishes.samples, 'sample')} came out as expected")
         return faults
+
+    async def _say_what_runs(self) -> None:
+        """Say so if an activated version counts, and not what this command was told."""
+        deployment = self._settings.deployment
+        desired = (await registry.read(self._settings))[deployment].desired
+        if desired is not None:
+            version, by = desired.version, desired.activated_by
+            say(
+                f"{deployment} runs revision {version.revision}, activated by {by}: {','.join(version.models)}"
+            )
 
     def _say_where(self) -> None:
         settings = self._settings

@@ -17,6 +17,8 @@ from pipeline.objects import ObjectStore
 
 ARTEFACTS_PREFIX = "models"
 FILE_SOURCE = "file:"
+# What tensors do not say about themselves may lie beside them (`pipeline/models/file_source.py`).
+CARD_ENDING = ".json"
 
 
 def object_key(artefact: Artefact) -> str:
@@ -38,13 +40,10 @@ def with_path(specification: str, path: str) -> str:
     return FILE_SOURCE + path + specification[len(FILE_SOURCE) + len(old) :]
 
 
-async def upload(
-    objects: ObjectStore, specifications: Sequence[str], sidecars: Sequence[str]
-) -> tuple[list[str], list[Artefact]]:
-    """Put the files that `file:` specifications name, and those beside them, into the object store.
+async def upload(objects: ObjectStore, specifications: Sequence[str]) -> tuple[list[str], list[Artefact]]:
+    """Put the files that `file:` specifications name, and their cards, into the object store.
 
     Returns the specifications with bare file names, as they are the same for every replica, and the files.
-    `sidecars` are the endings of files that belong to a file of the same stem.
 
     Raises:
         ConfigurationError: a file is not there, or two of different contents have the same name.
@@ -58,7 +57,7 @@ async def upload(
             bare.append(specification)
             continue
         bare.append(with_path(specification, Path(path).name))
-        for file in _with_sidecars(Path(path), sidecars):
+        for file in _with_card(Path(path)):
             artefact = await asyncio.to_thread(_describe, file)
             if found.setdefault(artefact.name, artefact) != artefact:
                 raise ConfigurationError(f"two different files are named {artefact.name}: rename one")
@@ -98,13 +97,11 @@ async def fetch(objects: ObjectStore, artefacts: Sequence[Artefact], cache: Path
     return folder
 
 
-def _with_sidecars(path: Path, sidecars: Sequence[str]) -> list[Path]:
-    candidates = [path, *(path.with_name(path.stem + ending) for ending in sidecars)]
-    candidates += [path.with_name(path.name + ending) for ending in sidecars]
-    files = [candidate for candidate in dict.fromkeys(candidates) if candidate.is_file()]
-    if path not in files:
+def _with_card(path: Path) -> list[Path]:
+    if not path.is_file():
         raise ConfigurationError(f"{path}: there is no such file on this machine")
-    return files
+    card = path.with_name(path.name + CARD_ENDING)
+    return [path, card] if card.is_file() else [path]
 
 
 def _describe(path: Path) -> Artefact:

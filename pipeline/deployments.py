@@ -5,6 +5,8 @@ latest record of a key counts, whatever its number: it is the one that compactio
 starts and one that has read along agree. Garbage is an error to the caller and changes nothing. No I/O.
 """
 
+import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -168,6 +170,12 @@ def _decode_value(decoder: msgspec.json.Decoder[Desired] | msgspec.json.Decoder[
         return decoder.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ContractError(f"not a record of models.v1: {error}") from error
+
+
+def replica_name(part: str) -> str:
+    """Return a name for a part of this machine; in a pod it outlives a container, process id included."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).strip("-.")[:64] or "host"
+    return f"{host}-{part}"
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):

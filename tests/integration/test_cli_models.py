@@ -119,14 +119,17 @@ async def test_a_file_goes_by_way_of_the_object_store(
 ) -> None:
     """Weights on this machine are in the object store under their digest, and named the same for every replica."""
     (tmp_path / "otters.safetensors").write_bytes(b"weights")
-    (tmp_path / "otters.json").write_text("[]")
+    (tmp_path / "otters.safetensors.json").write_text("[]")
     code, out, _ = await ran(
         start("activate", "wildlife", "file:otters.safetensors#torchvision:resnet18", "--no-wait", "--json")
     )
     assert code == 0
     version = json.loads(out)["desired"]["version"]
     assert version["models"] == ["file:otters.safetensors#torchvision:resnet18"]
-    assert {file["name"] for file in version["artefacts"]} == {"otters.safetensors", "otters.json"}
+    assert {file["name"] for file in version["artefacts"]} == {
+        "otters.safetensors",
+        "otters.safetensors.json",
+    }
     running = (await registry.read(settings))["wildlife"]
     assert running.desired is not None
     folder = await artefacts.fetch(
