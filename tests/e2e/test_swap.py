@@ -175,6 +175,8 @@ async def test_a_replica_that_starts_later(spine: Spine) -> None:
         running = await settled(follower, 2, replicas=2)
         assert {"refused"} == set(running.states(datetime.now(UTC)).values())
         assert [status.revision for status in running.replicas.values()] == [1, 1]
+        await spine.send_many("both", 10)
+        await spine.wait_stored(20)
         await spine.stop(first)
         # A clean end takes a replica off the topic.
         await eventually(lambda: len(follower.registry["default"].replicas) == 1, 20.0)

@@ -32,9 +32,7 @@ async def test_a_file_arrives_with_what_belongs_to_it(
     tmp_path: Path, objects: ObjectStore, weights: Path
 ) -> None:
     """Weights and the card beside them are in the cache as they were, and fetched only once."""
-    names, files = await artefacts.upload(
-        objects, [SPECIFICATION.format(weights), "builtin:quality"]
-    )
+    names, files = await artefacts.upload(objects, [SPECIFICATION.format(weights), "builtin:quality"])
     assert names == ["file:otters.safetensors#torchvision:resnet18?a=b", "builtin:quality"]
     assert [file.name for file in files] == ["otters.safetensors", "otters.safetensors.json"]
     folder = await artefacts.fetch(objects, files, tmp_path / "cache")
