@@ -93,8 +93,12 @@ class Replica:
                 loading=before.loading, attempts=before.attempts,
             )  # fmt: skip
         self._heart = asyncio.create_task(self._beat())
-        while self._running is None:
-            await self._begin(use)
+        try:
+            while self._running is None:
+                await self._begin(use)
+        except ConfigurationError:
+            await self.stop()  # the process ends with one line, and not with clients that nobody closed
+            raise
 
     async def run(self, use: Use) -> None:
         """Follow the desired version until cancelled.
