@@ -16,7 +16,7 @@ from pipeline import examples
 from pipeline.deployments import DeploymentView, Desired, Registry, Status, encode
 from pipeline.events import ModelResult, Receipt, Record
 from pipeline.results import TracedImage
-from pipeline.trace import Batch, DeploymentTrace, Step, Trace
+from pipeline.trace import DeploymentTrace, Step, Trace, TracedBatch
 
 _ID = "0b0fb4c5e1b84c9b8d2f8a52c8f3f0c1"
 _SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -100,7 +100,7 @@ TRACE = Trace(
                 Step(
                     step="batched", at=_TIME, seconds=0.0008,
                     detail="with 3 others, cut because the device was free",
-                    batch=Batch(id="b-91", size=4, cut="idle", companions=("cat-7", "cat-8", "dog-2")),
+                    batch=TracedBatch(id="b-91", size=4, cut="idle", companions=("cat-7", "cat-8", "dog-2")),
                 ),
                 Step(step="forwarded", at=_TIME, seconds=0.0107, detail="builtin:quality 1 on cpu"),
             ),

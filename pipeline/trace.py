@@ -42,7 +42,7 @@ CUTS = {
 log = logs.get(__name__)
 
 
-class Batch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TracedBatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The batch a picture rode in."""
 
     id: str
@@ -63,7 +63,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str = ""
     prediction_id: str | None = None
     dead_letter_id: int | None = None
-    batch: Batch | None = None
+    batch: TracedBatch | None = None
 
 
 class DeploymentTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -152,7 +152,7 @@ def _computed(
     size = f"{receipt.width} x {receipt.height}" if receipt.width and receipt.height else ""
     batch = None
     if receipt.batch_id is not None:
-        batch = Batch(
+        batch = TracedBatch(
             id=receipt.batch_id,
             size=receipt.batch_size or 1,
             cut=receipt.batch_cut or "",
@@ -172,7 +172,7 @@ def _computed(
     return [msgspec.structs.replace(step, prediction_id=prediction.id) for step in steps]
 
 
-def _company(batch: Batch | None) -> str:
+def _company(batch: TracedBatch | None) -> str:
     if batch is None:
         return ""
     others = f"with {batch.size - 1} others" if batch.size > 2 else "with 1 other"

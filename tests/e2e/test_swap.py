@@ -1,15 +1,22 @@
 """Models swapped under load on a real broker: none lost, none predicted twice, no bad version gets to work."""
 
 import asyncio
+import json
+import shutil
 import signal
 import statistics
 from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+import torchvision
 
-from pipeline import events, registry
+from pipeline import artefacts, events, registry
 from pipeline.deployments import Desired, Running
+from pipeline.objects import ObjectStore
 from pipeline.readers import read_all
 from pipeline.registry import Follower
 from pipeline.settings import Settings
@@ -275,3 +282,34 @@ async def test_two_deployments_side_by_side(spine: Spine) -> None:
         assert accounting.results == 60
     shown = [stored.prediction for stored in await spine.database.predictions("after-0")]
     assert {each.deployment: each.models[0].version for each in shown} == {"default": "1", "wildlife": "8"}
+
+
+async def test_weights_from_another_machine(spine: Spine, tmp_path: Path) -> None:
+    """Weights that lie where a version is activated reach every replica, under one name and with their digest."""
+    torch.manual_seed(1)
+    network = torchvision.models.mobilenet_v3_small(num_classes=2)
+    source = tmp_path / "training"
+    source.mkdir()
+    card = json.dumps({"labels": ["otter", "badger"]})
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    safetensors.torch.save_file(tensors, source / "otters.safetensors", {"millrace": card})
+    named = "file:{}#torchvision:mobilenet_v3_small"
+    objects = ObjectStore.open(spine.settings)
+    names, files = await artefacts.upload(objects, [named.format(source / "otters.safetensors")])
+    objects.close()
+    shutil.rmtree(source)
+    caches = [{"MILLRACE_MODEL_CACHE": str(tmp_path / f"cache-{number}")} for number in range(2)]
+    await spine.start("store", "archive")
+    await asyncio.gather(*(spine.start("predict", **cache) for cache in caches))
+    async with following(spine.settings) as follower:
+        await registry.activate(spine.settings, "default", names, activated_by="test", artefacts=files)
+        running = await settled(follower, 1, replicas=2)
+    identities = {status.models for status in running.replicas.values()}
+    ((identity,),) = identities
+    assert identity.model == named.format("otters.safetensors")
+    assert identity.version == identity.digest[:12]
+    await spine.send_many("otter", 20)
+    await spine.settled(whole=True)
+    results = [prediction.models[0] for _, prediction in await predictions(spine)]
+    assert {(result.model, result.digest) for result in results} == {(identity.model, identity.digest)}
+    assert {result.label for result in results} <= {"otter", "badger"}
