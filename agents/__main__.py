@@ -2,7 +2,7 @@
 
 import sys
 
-from agents.app import STEPS, run
+from agents.app import STEPS, leave, run
 from pipeline import settings
 from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError
 
@@ -20,4 +20,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

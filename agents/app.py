@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from agents.consumer import Committer, StepApp
 from agents.delivery import Delivered, Delivery
@@ -92,6 +92,17 @@ def load(name: str, settings: Settings) -> Step:
 def run(name: str, settings: Settings) -> int:
     """Run a step of the table until SIGTERM or SIGINT; return the exit code."""
     return run_step(lambda: load(name, settings), settings)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, after the last line of its log.
+
+    A thread that loads models or is stuck on the device may be in native code, which aborts when the interpreter
+    is taken down around it; a step that has drained has nothing left to tidy up.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_step(make: Callable[[], Step], settings: Settings) -> int:

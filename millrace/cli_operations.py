@@ -86,7 +86,7 @@ def worker(
 
     SIGTERM or Ctrl-C drain it: started records are finished and committed, the others are left to the group.
     """
-    from agents.app import STEPS, run
+    from agents.app import STEPS, leave, run
     from millrace.output import guarded
 
     if step not in STEPS:
@@ -98,7 +98,7 @@ def worker(
         given = {"deployment": deployment, "models": models}
         return run(step, load(**{name: value for name, value in given.items() if value is not None}))
 
-    raise typer.Exit(guarded(body))
+    leave(guarded(body))
 
 
 @app.command()
