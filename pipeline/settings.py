@@ -161,7 +161,7 @@ class Settings(BaseSettings):
         0, description="Decoder threads; 0: one per core."
     )
     torch_threads: Annotated[int, Field(ge=0, le=256)] = Field(
-        0, description="Torch CPU threads; 0: one for the built-in models, else torch decides."
+        0, description="Torch CPU threads; 0: one for small models, else torch decides."
     )
     max_image_bytes: Count = Field(
         32 * 1024 * 1024, description="Largest encoded picture, inline or by dataref."

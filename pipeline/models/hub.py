@@ -14,6 +14,7 @@ from pipeline.models import weights
 from pipeline.models.specification import Specification
 
 CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 #: Of all names of files in a repository, those that have the weights, or none.
@@ -22,8 +23,12 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 _log = logs.get(__name__)
 
 
-def find(specification: Specification, repository: str, cache: Path, choose: Choose) -> Path:
+def find(
+    specification: Specification, repository: str, cache: Path, choose: Choose, besides: str = ""
+) -> Path:
     """Return a folder with the configuration and weights of a repository of the hub.
+
+    `besides` is where else was looked, for the error.
 
     Raises:
         ConfigurationError: neither the cache nor the hub has them.
@@ -31,6 +36,8 @@ def find(specification: Specification, repository: str, cache: Path, choose: Cho
     if not _REPOSITORY.fullmatch(repository):
         raise specification.error(f"{repository!r} is not the name of a repository")
     revision = specification.options.get("revision")
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise specification.error(f"{revision!r} is not a revision")
     folders = [cache / repository] if revision is None else []
     kept = cache / f"models--{repository.replace('/', '--')}"
     commit = _commit(kept, revision or "main")
@@ -39,11 +46,10 @@ def find(specification: Specification, repository: str, cache: Path, choose: Cho
     for folder in folders:
         if _is_whole(folder, choose):
             return folder
-    looked = (
-        f"{repository} and {kept.name} in {cache} (MILLRACE_MODEL_CACHE) have no config.json with weights"
-    )
+    looked = " and ".join(filter(None, (besides, repository, kept.name)))
+    looked = f"no config.json with weights in {looked} of {cache} (MILLRACE_MODEL_CACHE)"
     if weights.is_offline():
-        raise specification.error(f"no weights: {looked}, and HF_HUB_OFFLINE is set")
+        raise specification.error(f"{looked}, and HF_HUB_OFFLINE is set")
     return _download(specification, repository, revision, cache, choose, looked)
 
 
@@ -94,7 +100,7 @@ def _download(
         found = HfApi().model_info(repository, revision=revision, timeout=weights.TIMEOUT_SECONDS)
     except Exception as error:  # of the hub's, of its HTTP client's, which is not the same in every version
         reason = weights.one_line(error)
-        raise specification.error(f"no weights: {looked}, and the hub does not: {reason}") from None
+        raise specification.error(f"{looked}, and none from the hub: {reason}") from None
     names = [file.rfilename for file in found.siblings or ()]
     chosen = choose(names)
     if "config.json" not in names or not chosen:

@@ -149,7 +149,7 @@ def _pretrained(specification: Specification, cache: Path) -> nn.Module:
         )
     else:
         choose = _weights if config.hf_hub_filename is None else _only(config.hf_hub_filename)
-        folder = hub.find(specification, config.hf_hub_id, cache, choose)
+        folder = hub.find(specification, config.hf_hub_id, cache, choose, f"{FOLDER}/{own.name}")
         path = folder / choose([path.name for path in folder.iterdir()])[0]
     tensors = weights.read_tensors(specification, path)
     network: nn.Module = timm.create_model(

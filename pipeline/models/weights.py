@@ -38,7 +38,6 @@ def read_tensors(specification: Specification, path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigurationError: It cannot be read, or holds something else.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -50,7 +49,7 @@ def read_tensors(specification: Specification, path: Path) -> dict[str, Tensor]:
         raise specification.error(f"{path} holds more than tensors, and only tensors are unpickled") from None
     except FileNotFoundError:
         raise specification.error(f"{path} is not there") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except Exception as error:  # readers raise anything about bytes that are not what they expect
         raise specification.error(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise specification.error(f"{path} is not a dictionary of tensors")
@@ -140,7 +139,9 @@ def is_offline() -> bool:
 
 def one_line(error: BaseException, most: int = 300) -> str:
     """Return what an error of a library says, on one line."""
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    reason: object = error
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        reason = error.reason  # what it wraps
     return " ".join(str(reason).split())[:most] or type(error).__name__
 
 
