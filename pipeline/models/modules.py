@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline import logs
 from pipeline.imaging import View
 from pipeline.models import precision
+from pipeline.models.fusion import fused
 from pipeline.models.preprocessing import Normaliser, Preprocessing
 from pipeline.models.protocol import Output, Task
 from pipeline.models.specification import LoadOptions, Specification
@@ -73,8 +74,10 @@ class ModuleModel:
         return str(self._dtype or torch.float32).removeprefix("torch.")
 
     def warm_up(self) -> None:
-        """Choose the precision, compile if asked to, then run one picture and the largest batch."""
+        """Fold, choose the precision, compile if asked to, then run one picture and the largest batch."""
         if not self._is_warm:
+            if not self._is_program and self.view.fit != "inside":
+                self._network = fused(self._network, self._normalise(self._pictures(1)))
             self._choose_precision()
             if self._options.compile and self.view.fit != "inside":
                 # One compilation for all batch sizes but one.

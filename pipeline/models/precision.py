@@ -30,7 +30,7 @@ WORTHWHILE = 0.95
 # A timing of this many pictures, or as many as take a second, tells which is faster.
 _TIMED_PICTURES = 8
 _TIMED_SECONDS = 1.0
-_TIMED_RUNS = 3
+_TIMED_RUNS = 7
 
 Run = Callable[[Any], list[Output]]
 
