@@ -91,7 +91,7 @@ async def trace(settings: Settings, database: Database, image_id: str) -> Trace 
         DependencyError: the database does not answer.
     """
     image = await database.traced_image(image_id)
-    stored = await database.predictions(image_id)
+    stored = await database.predictions(image_id, every_version=True)
     letters = await database.dead_letters(image_id=image_id, open_only=False, limit=MAX_DEAD_LETTERS)
     if image == TracedImage() and not stored and not letters:
         return None
@@ -149,6 +149,7 @@ def _computed(
     received_at = forward_at - timedelta(seconds=queue + decode)
     decoded_at = None if wait is None else forward_at - timedelta(seconds=wait)
     models = ", ".join(f"{result.model} {result.version}" for result in prediction.models)
+    revision = f", revision {prediction.revision}" if prediction.revision else ""
     size = f"{receipt.width} x {receipt.height}" if receipt.width and receipt.height else ""
     batch = None
     if receipt.batch_id is not None:
@@ -167,7 +168,7 @@ def _computed(
         Step(step="decoded", at=decoded_at, seconds=receipt.decode_seconds, detail=size),
         Step(step="batched", at=forward_at, seconds=wait, detail=_company(batch), batch=batch),
         Step(step="forwarded", at=known_at, seconds=receipt.forward_seconds,
-             detail=" on ".join(filter(None, (models, receipt.device)))),
+             detail=" on ".join(filter(None, (models, receipt.device))) + revision),
     ]  # fmt: skip
     return [msgspec.structs.replace(step, prediction_id=prediction.id) for step in steps]
 

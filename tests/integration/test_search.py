@@ -124,6 +124,18 @@ async def test_only_the_newest_prediction_of_an_image_counts(db: Database) -> No
     assert (vector.space, list(vector.numbers)) == (space(2, "2"), [0.0, 1.0])
 
 
+async def test_models_that_are_activated_again_count_again(db: Database) -> None:
+    """The newest is the prediction of the highest revision of the models, not the one stored last."""
+    await db.save([embedded("cat", [1.0, 0.0], revision=2)], [])
+    await db.save([embedded("cat", [0.0, 1.0], version="2", revision=1)], [])
+    assert ids(await db.nearest(space(2), [1.0, 0.0])) == ["cat"]
+    await db.save([embedded("cat", [0.0, 1.0], version="2", revision=3)], [])
+    assert ids(await db.nearest(space(2), [1.0, 0.0])) == []
+    assert ids(await db.nearest(space(2, "2"), [1.0, 0.0])) == ["cat"]
+    (shown,) = await db.predictions("cat")
+    assert [shown.prediction.id] == [one.prediction_id for one in await db.vectors("cat", "default")]
+
+
 async def test_a_newer_expiry_does_not_hide_a_prediction(db: Database) -> None:
     """`expired` after `predicted` says nothing about the picture, which is still found."""
     await db.save([embedded("cat", [1.0, 0.0])], [])

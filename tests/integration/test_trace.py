@@ -130,6 +130,14 @@ async def test_a_receipt_of_an_older_worker(settings: Settings, db: Database) ->
     assert names(steps_of(await traced(settings, db, "dog")))[-1] == "stored"
 
 
+async def test_every_version_is_told(settings: Settings, db: Database) -> None:
+    """A picture that two versions of the models have seen has both ways in its trace."""
+    new = prediction("cat", id="newer", receipt=RECEIPT, revision=4, time=NOW + timedelta(days=1))
+    await db.save([prediction("cat", receipt=RECEIPT), new], [])
+    forwarded = [step for step in steps_of(await traced(settings, db, "cat")) if step.step == "forwarded"]
+    assert [step.detail.endswith(", revision 4") for step in forwarded] == [False, True]
+
+
 async def test_failures_and_what_came_after(settings: Settings, db: Database) -> None:
     """Dead letters, their redrive and the prediction after it are one way, in order; another deployment its own."""
     group = settings.group("predict")
