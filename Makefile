@@ -32,8 +32,9 @@ lint: $(READY)
 unit: $(READY)
 	@$(BIN)/python -m pytest tests/unit --quiet $(ARGS)
 
-bench: $(READY) ## Measure the whole spine next to a bare loop, as a table and as JSON
+bench: $(READY) ## Measure the spine and the engine next to loops written by hand, as tables and as JSON
 	@$(BIN)/millrace bench $(ARGS)
+	@$(BIN)/millrace bench-engine $(ARGS)
 
 soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
 	@$(BIN)/millrace soak $(ARGS)
