@@ -88,6 +88,7 @@ class Engine:
         self._deliver_outcomes = deliver
         self._forward = Forward(models, options.device)
         self._torch_threads = torch_threads(models, options.torch_threads)
+        self._next_torch_threads = self._torch_threads
         self._batcher: Batcher[Work] = Batcher(options.max_batch_size, options.max_batch_bytes)
         threads = options.decode_threads or len(
             os.sched_getaffinity(0)
@@ -167,6 +168,7 @@ class Engine:
             if self._stopped:
                 return
             self._next_forward = Forward(models, self._options.device)
+            self._next_torch_threads = torch_threads(models, self._options.torch_threads)
             self._swapped = self._loop.create_future()
             # For both: until the last record of the old ones is dispatched, they get every batch.
             self._decoder.show(dict.fromkeys((*self._forward.views, *self._next_forward.views)))
@@ -214,6 +216,7 @@ class Engine:
         if not all(work.is_claimed or forward.can_take(work) for work in self._open):
             return
         self._forward, self._next_forward = forward, None
+        self._torch_threads = self._next_torch_threads
         self._batcher.costs = CostModel()
         self._decoder.show(forward.views)
         self._room_records = self._room()
@@ -381,8 +384,8 @@ class Engine:
 
     def _run_device(self, warm: "asyncio.Future[None]") -> None:
         """Run batches until told to end; the body of the device thread."""
-        if self._torch_threads and self._options.device.type == "cpu":
-            torch.set_num_threads(self._torch_threads)
+        usual = torch.get_num_threads()
+        threads = self._set_threads(0, usual)
         try:
             self._forward.warm_up()
         except BaseException as error:  # handed to the caller of `start`
@@ -390,6 +393,7 @@ class Engine:
             return
         self._call_soon(_set_result, warm)
         while (batch := self._device_queue.get()) is not None:
+            threads = self._set_threads(threads, usual)
             try:
                 report = self._forward.run(batch)
             except BaseException as error:  # nothing may end this thread silently
@@ -397,6 +401,13 @@ class Engine:
                     batch, fatal=FatalError(f"the device thread failed: {type(error).__name__}: {error}")
                 )
             self._call_soon(self._on_batch_done, report)
+
+    def _set_threads(self, present: int, usual: int) -> int:
+        """Give torch as many CPU threads as suit the models; return the number, 0 being the usual one."""
+        wanted = self._torch_threads
+        if wanted != present and self._options.device.type == "cpu":
+            torch.set_num_threads(wanted or usual)
+        return wanted
 
 
 def _set_result(future: "asyncio.Future[None]") -> None:
