@@ -206,6 +206,13 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         except (KafkaError, TimeoutError) as error:
             reason = f"Kafka does not say where partitions begin: {error or 'no answer'}"
             raise DependencyError(reason) from error
+        except asyncio.CancelledError:
+            # A consumer that is closed meanwhile cancels what it was asked. Passed on, that would end aiokafka's
+            # coordination, and with it the thread, before anybody is told that it has stopped.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise DependencyError("the Kafka consumer was closed") from None
         starts = {}
         for place, partition in zip(places, partitions, strict=True):
             left = committed.get(partition)

@@ -37,6 +37,17 @@ async def test_sigkill_of_predict(shared_spine: Spine) -> None:
     assert accounting.sent == 360
 
 
+async def test_sigterm_in_the_middle_of_a_join(shared_spine: Spine) -> None:
+    """SIGTERM while the group hands partitions to a new member ends a worker in time and repeats nothing."""
+    (first,) = await shared_spine.start("predict")
+    # Ready as soon as it has its partitions; the first one is still being told of those that it keeps.
+    (second,) = await shared_spine.start("predict")
+    await shared_spine.stop(first)
+    await work(shared_spine, "handed-over", 40)
+    await shared_spine.settled(max_repeated=0)
+    assert second.exit_code is None
+
+
 async def test_sigterm_and_join_of_predict(shared_spine: Spine) -> None:
     """A `predict` worker that joins, and one that gets SIGTERM mid-batch, repeat nothing."""
     (first,) = await shared_spine.start("predict")
