@@ -230,6 +230,19 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     imaging.decode(data, [VIEW])
 
 
+def test_scans_behind_a_whole_picture_cost_nothing() -> None:
+    """Where the first scan holds all components a second one is damage; where it does not, scans are counted."""
+    data = pictures.encode(pictures.scene(), "JPEG")
+    start = data.index(b"\xff\xda")
+    scan = data[start:-2]
+    with pytest.raises(UndecodableImageError, match="broken data stream"):
+        imaging.decode(data[:-2] + scan * 200 + data[-2:], [VIEW])
+    one_component = bytearray(scan)
+    one_component[4] = 1
+    with pytest.raises(UndecodableImageError, match="more than 100 scans"):
+        imaging.decode(data[:start] + bytes(one_component) * 200 + data[-2:], [VIEW])
+
+
 @pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (17, 4001)])
 def test_odd_shapes_are_pictures_too(codec: str, size: tuple[int, int]) -> None:
