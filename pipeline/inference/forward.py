@@ -1,6 +1,7 @@
 """The forward pass: all models on one batch, and what to do when it fails; runs in one thread.
 
-A failing batch is halved until the guilty record is alone. Out of memory halves too, and is reported, so that
+A failing batch is halved until the guilty record is alone; one whose outputs make no sense even then is at fault
+itself if a reference picture comes out well, else the model is. Out of memory halves too, and is reported, so that
 the next batches are smaller. An error that leaves the device unusable is fatal: halving it would blame
 innocent records.
 """
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from pipeline import metrics
 from pipeline.batching import CutReason
-from pipeline.errors import FatalError, ModelError
-from pipeline.events import Box, ModelResult, Receipt, encode_embedding
+from pipeline.errors import FatalError, ImageError, MillraceError, ModelError
+from pipeline.events import Box, ImageEvent, ModelResult, Receipt, Record, encode_embedding
 from pipeline.imaging import Picture, View
-from pipeline.inference.outcomes import Failed, Outcome, Predicted, Work
+from pipeline.inference.outcomes import Failed, Outcome, Predicted, Request, Work
 from pipeline.models import Model, Output
 from pipeline.topics import LANES
 
@@ -100,12 +101,13 @@ class Forward:
 
     def _evaluate(self, works: list[Work], cut: CutReason, report: Report) -> None:
         started_at = self.pass_started_at = time.monotonic()
-        reason, is_memory = None, False
+        reason, is_memory, is_output = None, False, False
         results: list[tuple[ModelResult, ...] | None] = []
         try:
             results = self._pass(works)
         except Exception as error:  # a model may raise anything
             reason, is_memory = self._reason(error), _is_out_of_memory(error)
+            is_output = isinstance(error, _WrongOutputError)
             if not is_memory and _is_device_lost(error):
                 raise FatalError(f"the device is lost: {reason}") from error
         seconds = time.monotonic() - started_at
@@ -121,7 +123,8 @@ class Forward:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         if len(works) == 1:
-            report.outcomes.append((works[0], Failed(ModelError(reason))))
+            error_of_one = self._blame(reason) if is_output else ModelError(reason)
+            report.outcomes.append((works[0], Failed(error_of_one)))
             return
         middle = len(works) // 2
         self._evaluate(works[:middle], cut, report)
@@ -145,9 +148,21 @@ class Forward:
                 suspects.append(work)
             else:
                 reason = f"{self._at_work}: its output is not a finite number"
-                report.outcomes.append((work, Failed(ModelError(reason))))
+                report.outcomes.append((work, Failed(self._blame(reason))))
         for work in suspects:  # alone, because a neighbour's overflow may have spoiled it
             self._evaluate([work], cut, report)
+
+    def _blame(self, reason: str) -> MillraceError:
+        """Say whose fault outputs are that make no sense for a record alone: its own, or the models'."""
+        try:
+            is_clean = None not in self._pass([_reference(self.views)])
+        except Exception:  # a model may raise anything
+            is_clean = False
+        if is_clean:
+            return ImageError(
+                f"{reason}; for a reference picture it is as it should be"[:MAX_REASON_CHARACTERS]
+            )
+        return ModelError(reason)
 
     def _pass(self, works: list[Work]) -> list[tuple[ModelResult, ...] | None]:
         """Return one list of results per record, None where a number is not finite."""
@@ -214,6 +229,19 @@ class Forward:
         kind = "" if isinstance(error, _WrongOutputError) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
         return f"{self._at_work}: {kind}{text}"[:MAX_REASON_CHARACTERS]
+
+
+def _reference(views: Sequence[View]) -> Work:
+    """Return a picture that no model can object to: a ramp from black to white across, and back down."""
+    pixels = []
+    for view in views:
+        across, down = np.linspace(0, 255, view.width), np.linspace(255, 0, view.height)
+        grey = (across[None, :] + down[:, None]) / 2  # (H, W) float64
+        pixels.append(np.repeat(grey[..., None], 3, 2).astype(np.uint8))  # (H, W, 3) uint8
+    record = Record(topic="reference", partition=0, offset=0, timestamp_ms=0)
+    request = Request(ImageEvent(id="reference"), record, "bulk", 0.0, claim=lambda: True)
+    picture = Picture(tuple(pixels), views[0].width, views[0].height)
+    return Work(request, b"", picture=picture, views=tuple(views))
 
 
 def _result(model: Model, output: Output, picture: Picture) -> ModelResult | None:

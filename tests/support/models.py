@@ -132,13 +132,15 @@ def aborting_on_guilty(device: torch.device) -> BehavingModel:
     return BehavingModel("aborting_on_guilty", behave)
 
 
-def not_a_number(device: torch.device, spoils_batch: str = "false") -> BehavingModel:
-    """Score guilty pictures NaN; or with them, when asked, everything in their batch."""
+def not_a_number(device: torch.device, spoils_batch: str = "false", always: str = "false") -> BehavingModel:
+    """Score guilty pictures NaN; or with them, when asked, everything in their batch, or just everything."""
 
     def behave(batch: torch.Tensor) -> list[Output]:
         guilty = is_guilty(batch)
         if spoils_batch == "true":
             guilty = [any(guilty)] * len(guilty)
+        if always == "true":
+            guilty = [True] * len(guilty)
         return [Output(score=float("nan") if one else 1.0) for one in guilty]
 
     return BehavingModel("not_a_number", behave)

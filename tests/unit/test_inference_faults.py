@@ -13,6 +13,7 @@ from pipeline.errors import (
     ConfigurationError,
     ContractError,
     FatalError,
+    ImageError,
     ImageTooLargeError,
     ModelError,
     UndecodableImageError,
@@ -103,9 +104,15 @@ async def test_a_record_that_is_no_longer_ours_is_dropped() -> None:
     assert sorted(bench.claims) == sorted(names)
 
 
-@pytest.mark.parametrize("name", ["failing_on_guilty", "not_a_number", "miscounting"])
-async def test_the_guilty_record_is_found_and_fails_alone(name: str) -> None:
-    """A model that raises, gives NaN or miscounts fails exactly the record that makes it do so."""
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("failing_on_guilty", ModelError), ("not_a_number", ImageError), ("miscounting", ImageError)],
+)
+async def test_the_guilty_record_is_found_and_fails_alone(name: str, fault: type[Exception]) -> None:
+    """A model that raises, gives NaN or miscounts fails exactly the record that makes it do so.
+
+    Outputs that make no sense are the picture's fault while they do for a reference picture.
+    """
     model = getattr(models, name)(CPU)
     async with running(model) as bench:
         expected = {bench.submit(GUILTY if index in (2, 5, 6) else GOOD): index for index in range(24)}
@@ -113,7 +120,7 @@ async def test_the_guilty_record_is_found_and_fails_alone(name: str) -> None:
     for record, index in expected.items():
         if index in (2, 5, 6):
             error = error_of(outcomes[record])
-            assert type(error) is ModelError
+            assert type(error) is fault
             assert str(error).startswith(f"test:{name}: ")
             assert "\n" not in str(error)
         else:
@@ -128,7 +135,16 @@ async def test_a_picture_that_spoils_its_neighbours_is_run_again_alone() -> None
         guilty = bench.submit(GUILTY)
         outcomes = await bench.finished()
     assert all(isinstance(outcomes[name], Predicted) for name in good)
-    assert type(error_of(outcomes[guilty])) is ModelError
+    assert type(error_of(outcomes[guilty])) is ImageError
+
+
+async def test_a_model_that_has_no_number_for_anything_is_at_fault() -> None:
+    """NaN for a reference picture too is the model's fault, which the limiter counts."""
+    async with running(models.not_a_number(CPU, always="true")) as bench:
+        for _ in range(3):
+            bench.submit()
+        outcomes = await bench.finished()
+    assert {type(error_of(outcome)) for outcome in outcomes.values()} == {ModelError}
 
 
 async def test_a_model_that_fails_on_everything_fails_each_record() -> None:
