@@ -1,9 +1,9 @@
 """How well and how fast search finds: the index beside an exact search, and that beside computing everything.
 
-It takes the settings of an empty, migrated database and fills it. Two sets: fingerprints of drawn pictures,
-one in six nearly the same as another, and many more made-up vectors around a few hundred centres, where
-neighbours are harder to tell apart. Recall is the share of the ten nearest, by an exact search, that the
-index finds too.
+It takes the settings of an empty, migrated database and fills it. Three sets: fingerprints of drawn pictures,
+one in six nearly the same as another; many more made-up vectors around a few hundred centres; and as many of
+no structure at all, which no index of this kind does well on and no embedding of pictures looks like. Recall
+is the share of the ten nearest, by an exact search, that the index finds too.
 """
 
 import array
@@ -34,7 +34,8 @@ Say = Callable[[str], None]
 
 NEAREST = 10
 _MODEL = "builtin:fingerprint"
-_MADE_UP = "bench:clustered"
+# How far vectors are from their centres, as a share of how far the centres are from each other.
+_SPREAD = 0.5
 _SAVE_ROWS = 1_000
 _FORWARD_PICTURES = 32
 # Of the distance: what single precision and another order of summation may differ by.
@@ -87,8 +88,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     ef_search: int
     #: Fingerprints of drawn pictures.
     pictures: Measured
-    #: Made-up vectors.
+    #: Made-up vectors around centres.
     clustered: Measured
+    #: Made-up vectors in all directions alike.
+    unstructured: Measured
     others_busy_cores: float | None = None
 
 
@@ -115,10 +118,12 @@ class SearchBench:
             self._say(f"drawing {plan.pictures} pictures")
             ids, vectors, twins = await asyncio.to_thread(self._fingerprints)
             pictures = await self._measure(database, _MODEL, ids, vectors, twins)
-            self._say(f"making up {plan.vectors} vectors")
-            made_up = _clustered(plan)
-            names = [f"vector-{number:06d}" for number in range(len(made_up))]
-            clustered = await self._measure(database, _MADE_UP, names, made_up, {})
+            made_up = {}
+            for name, centres in (("clustered", plan.centres), ("unstructured", 0)):
+                self._say(f"making up {plan.vectors} {name} vectors")
+                vectors = _made_up(plan, centres)
+                names = [f"{name}-{number:06d}" for number in range(len(vectors))]
+                made_up[name] = await self._measure(database, f"bench:{name}", names, vectors, {})
         finally:
             await database.close()
         return Result(
@@ -129,7 +134,8 @@ class SearchBench:
             plan=plan,
             ef_search=EF_SEARCH,
             pictures=pictures,
-            clustered=clustered,
+            clustered=made_up["clustered"],
+            unstructured=made_up["unstructured"],
         )
 
     def _fingerprints(self) -> tuple[list[str], Vectors, dict[str, str]]:
@@ -195,7 +201,11 @@ class SearchBench:
 def rows(result: Result) -> list[tuple[str, str]]:
     """Return the result as a table: what, and how much."""
     table = []
-    for name, measured in (("drawn pictures", result.pictures), ("made-up vectors", result.clustered)):
+    for name, measured in (
+        ("drawn pictures", result.pictures),
+        ("clustered vectors", result.clustered),
+        ("unstructured vectors", result.unstructured),
+    ):
         table += [
             (f"{name}: vectors", f"{measured.vectors:,} of {measured.dimension} dimensions"),
             (f"{name}: recall@10 of the index", f"{measured.recall_at_10:.4f}"),
@@ -214,12 +224,14 @@ def _pixels(picture: SamplePicture, view: imaging.View) -> NDArray[np.uint8]:
     return imaging.decode(picture.data, [view]).pixels[0]
 
 
-def _clustered(plan: Plan) -> Vectors:
-    """Draw vectors around centres, half as far from them as the centres are from each other: (count, 256)."""
+def _made_up(plan: Plan, centres: int) -> Vectors:
+    """Draw vectors in all directions alike, or around centres that are: (plan.vectors, 256) float32."""
     rng = np.random.default_rng(plan.seed)
-    centres = rng.normal(size=(plan.centres, 256))
-    spread = rng.normal(scale=0.5, size=(plan.vectors, 256))
-    return (centres[rng.integers(0, plan.centres, plan.vectors)] + spread).astype(np.float32)
+    vectors = rng.normal(size=(plan.vectors, 256))
+    if centres:
+        middles = rng.normal(size=(centres, 256))
+        vectors = middles[rng.integers(0, centres, plan.vectors)] + _SPREAD * vectors
+    return vectors.astype(np.float32)
 
 
 def _predictions(ids: Sequence[str], vectors: Vectors, space: Space) -> Iterator[list[Prediction]]:

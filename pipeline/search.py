@@ -17,7 +17,7 @@ from pipeline.vectors import After, Embedding, Filters, Found, Hit, Mode, Space
 
 # Candidates that HNSW keeps while it looks; constant, so that the pages of one search follow the same walk.
 # `docs/benchmarks/search.json` has what it finds.
-EF_SEARCH = 100
+EF_SEARCH = 200
 # The walk ends after so many vectors, about 0.2 s; what is rarer among them is found faster by looking at all.
 MAX_SCAN_TUPLES = 20_000
 _PREFERENCES = {

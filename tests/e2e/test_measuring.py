@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from loadtest import results, soak
+from loadtest import results, search, soak
 from millrace import benchmarks
 from pipeline import settings
 
@@ -36,3 +36,14 @@ def test_soak_watches_every_process_and_accounts(capsys: pytest.CaptureFixture[s
     assert found.sent == found.results + found.dead_letters > 0
     assert found.dead_letters > 0
     assert found.lost == found.visible_duplicates == found.unexpected == 0
+
+
+def test_search_is_measured_in_a_database_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each set of vectors has its recall and the latencies of both modes."""
+    plan = search.Plan(pictures=60, vectors=1_000, centres=20, queries=20)
+    assert benchmarks.run_search(settings.load(), plan, as_json=True, write=False) == 0
+    found = msgspec.json.decode(capsys.readouterr().out, type=search.Result)
+    for measured, count in ((found.pictures, 60), (found.clustered, 1_000), (found.unstructured, 1_000)):
+        assert (measured.vectors, measured.queries, measured.exact_is_right) == (count, 20, 1.0)
+        assert 0 < measured.recall_at_10 <= 1
+        assert all(0 < way.p50_seconds <= way.p99_seconds for way in (measured.exact, measured.approximate))

@@ -375,13 +375,14 @@ async def test_a_model_may_have_any_name(db: Database, database: str, model: str
 
 async def test_the_index_finds_nearly_everything(database: str) -> None:
     """Over a few thousand vectors recall@10 is at least 0.95, exact mode is right, and near-duplicates are next."""
-    plan = Plan(pictures=240, vectors=4_000, centres=40, queries=60)
+    plan = Plan(pictures=240, vectors=3_000, centres=40, queries=60)
     settings = load(database_url=database)
     bench = SearchBench(settings, plan)
     result = await bench.run(Circumstances.now(0.0))
     print(rows(result))
-    for measured in (result.pictures, result.clustered):
-        assert measured.recall_at_10 >= 0.95
+    assert result.pictures.recall_at_10 >= 0.95
+    assert result.clustered.recall_at_10 >= 0.95
+    for measured in (result.pictures, result.clustered, result.unstructured):
         assert (measured.exact_is_right, measured.itself_first) == (1.0, 1.0)
     assert result.pictures.near_duplicate_next == 1.0
     with pytest.raises(ConfigurationError, match="empty database"):
