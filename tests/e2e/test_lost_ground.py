@@ -13,7 +13,7 @@ from pipeline import admin
 from pipeline.broker import Place
 from pipeline.events import ImageEvent
 from pipeline.objects import ObjectStore
-from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, IMAGES_REALTIME, PREDICTIONS
+from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, IMAGES_REALTIME, MODELS, PREDICTIONS
 from tests.support import pictures
 from tests.support.eventually import eventually
 from tests.support.spine import Spine, environment, installation, picture
@@ -26,7 +26,7 @@ async def test_results_that_cannot_be_produced(
 ) -> None:
     """Without its output topic `predict` waits; a result that the topic refuses is a dead letter; both pass."""
     settings = environment(kafka, database, tmp_path / "objects", topic_prefix)
-    inputs = (IMAGES_REALTIME, IMAGES_BULK, DEAD_LETTERS)
+    inputs = (IMAGES_REALTIME, IMAGES_BULK, DEAD_LETTERS, MODELS)
     with installation(settings, tmp_path, inputs) as made:
         async with made.connect() as spine:
             (worker,) = await spine.start("predict")
