@@ -38,6 +38,8 @@ _DOCS_ASSETS = {
     "swagger-ui.css": "text/css",
     "favicon-32x32.png": "image/png",
 }
+# For reading a small topic to its end: cancelled half-way, aiokafka leaves a connection open.
+READ_SECONDS = 1.0
 _DESCRIPTION = """Pictures in, predictions out, by way of Kafka.
 
 `202` means that Kafka has the picture: nothing accepted is lost. The result is there by `GET`, or in the same
@@ -96,7 +98,7 @@ async def _serve(app: FastAPI) -> AsyncIterator[None]:
         following = Follower(settings, client_id="millrace-gateway")
         stack.push_async_callback(following.stop)
         reading = asyncio.create_task(following.start(), name="follow the models")
-        stack.push_async_callback(_cancel, reading)
+        stack.push_async_callback(_cancel, reading, READ_SECONDS)
         app.state.database = database
         app.state.following = following
         app.state.live = live
@@ -112,7 +114,9 @@ async def _serve(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-async def _cancel(task: "asyncio.Task[None]") -> None:
+async def _cancel(task: "asyncio.Task[None]", after_seconds: float = 0.0) -> None:
+    if after_seconds:
+        await asyncio.wait({task}, timeout=after_seconds)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
