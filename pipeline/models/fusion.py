@@ -1,15 +1,18 @@
-"""Batch normalisation folded into the convolution before it: the same numbers with a fifth less work.
+"""Batch normalisation folded into the convolution before it: the same numbers, a pass over memory less for each.
 
-In evaluation both are linear, so that one convolution with other weights does the work of both (torch's own
-`fuse`). It needs a network that can be traced; where it cannot, or where the outputs are not the same, the network
-stays as it is.
+In evaluation both are linear, so that one convolution with other weights does the work of both. Whether a
+network really sends the output of the one into the other its modules do not say: it is tried on a copy, and
+believed when the outputs are the same. Not by tracing (`torch.fx`), which patches every module of the process
+while another thread predicts.
 """
 
+import copy
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline import logs
 
@@ -19,21 +22,31 @@ TOLERANCE = 1e-3
 _log = logs.get(__name__)
 
 
-def fused(network: nn.Module, pixels: Tensor) -> nn.Module:
+def folded(network: nn.Module, pixels: Tensor) -> nn.Module:
     """Return the network with fewer operations, or itself; `pixels` (N, 3, H, W) float32 are to compare on."""
-    if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
+    other = copy.deepcopy(network)
+    pairs = [_fold(module) for module in other.modules()]
+    if not sum(pairs):
         return network
-    try:
-        other: nn.Module = fuse(network)
-        with torch.inference_mode():
-            same = _are_close(network(pixels), other(pixels))
-    except Exception as error:  # tracing runs the network's code on what is no tensor: it raises anything
-        _log.debug("normalisation cannot be folded", reason=f"{type(error).__name__}: {error}")
-        return network
-    if not same:
-        _log.warning("normalisation is not folded: the outputs would differ")
-        return network
-    return other
+    with torch.inference_mode():
+        if _are_close(network(pixels), other(pixels)):
+            return other
+    _log.info("normalisation is not folded: the outputs would differ", pairs=sum(pairs))
+    return network
+
+
+def _fold(module: nn.Module) -> int:
+    """Fold the children of a module that follow each other, and return how many pairs that were."""
+    pairs = 0
+    for (name, convolution), (following, norm) in itertools.pairwise(list(module._modules.items())):
+        # Exactly these classes: others may do more.
+        if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+            continue
+        if norm.track_running_stats and norm.num_features == convolution.out_channels:
+            module._modules[name] = fuse_conv_bn_eval(convolution, norm)
+            module._modules[following] = nn.Identity()
+            pairs += 1
+    return pairs
 
 
 def _are_close(reference: Any, other: Any) -> bool:

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.events import Box
 from pipeline.imaging import View
 from pipeline.models import LoadOptions, Output, precision, torch_threads, weights
-from pipeline.models.modules import ModuleModel, fold_batch_norms
+from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Normaliser, Preprocessing, check_against, probe_picture
 from pipeline.models.specification import Specification
 from pipeline.models.tasks import Classify, Detect, Embed, Reader, Score, distinct, reader_of
@@ -201,28 +201,6 @@ def test_fewer_bits_are_taken_only_if_faster_and_as_good(
     found = model(Network(is_coarse=is_coarse), precision="auto")
     found.warm_up()
     assert found.precision == ("bfloat16" if taken else "float32")
-
-
-def test_folded_batch_norms_give_the_same() -> None:
-    """A convolution and the batch norm after it become one, with the same outputs and the same digest."""
-    torch.manual_seed(5)
-
-    def build() -> nn.Module:
-        torch.manual_seed(5)
-        block = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6))
-        network = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
-        network(torch.randn(8, 3, 16, 24))  # running mean and deviation
-        return network.eval()
-
-    network = build()
-    pixels = torch.randn(4, 3, 16, 24)
-    with torch.inference_mode():
-        expected = network(pixels)
-        fold_batch_norms(network)
-        assert torch.allclose(network(pixels), expected, atol=1e-6)
-    kinds = [type(layer).__name__ for layer in network.modules()]
-    assert (kinds.count("BatchNorm2d"), kinds.count("Identity")) == (1, 1), "one has no convolution before it"
-    assert model(build()).digest == model(build()).digest
 
 
 def test_what_is_not_finite_never_agrees() -> None:
