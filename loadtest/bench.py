@@ -7,24 +7,18 @@ its own. As many of the same pictures go through the loops in turn with it, and 
 
 import asyncio
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from loadtest import loop_process
 from loadtest.images import SamplePicture, draw
 from loadtest.meter import Meter
 from loadtest.report import Circumstances, Timing, median, percentile, rounded
 from loadtest.results import ARMS, Offline, Online, Pictures, Plan, Result, compare, in_turn
-from pipeline.errors import FatalError
 from pipeline.settings import Settings
-
-LOOP_TIMEOUT_SECONDS = 900.0
-
-#: For the loops as for the worker (`agents/app.py`): OpenMP threads that wait sleep instead of spinning.
-LOOP_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 Say = Callable[[str], None]
 
@@ -87,19 +81,7 @@ class Bench:
         kind = arm.removesuffix("_loop")
         size = self._settings.max_batch_size
         arguments = [kind, str(folder), str(self._plan.offline_images), str(size)]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loadtest.loops", *arguments,
-            env=LOOP_ENVIRONMENT | os.environ | _given(self._settings), stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(LOOP_TIMEOUT_SECONDS):
-                out, _ = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode:
-            raise FatalError(f"the {kind} loop ended with code {process.returncode}")
+        out = await loop_process.output_of("loadtest.loops", *arguments, environment=_given(self._settings))
         return msgspec.json.decode(out, type=Timing)
 
     async def _online(self, pictures: Sequence[SamplePicture]) -> Online:

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import msgspec
 
+from loadtest import loop_process
 from loadtest.images import draw_photo
 from loadtest.meter import Meter
 from loadtest.report import Circumstances, Machine, Timing, median, percentile, rounded
 from loadtest.results import in_turn
 from pipeline import admin
-from pipeline.errors import FatalError
 from pipeline.settings import PREFIX, Settings
 
 ARMS = ("pipeline", "kafka", "best", "naive")
 # As in `loadtest/engine_loops.py`, which this process does not import: torch and torchvision are slow to.
 WEIGHTS_SEED = 7
-LOOP_TIMEOUT_SECONDS = 900.0
+LOOPS = "loadtest.engine_loops"
 LOOP_PREFIX = "loop-"
 # What a person waits for at most: MLPerf's and most front ends' order of magnitude.
 GOOD_SECONDS = 0.5
@@ -156,7 +156,9 @@ class EngineBench:
                     timing = await self._kafka.offline(pictures, plan.offline_images)
                 else:
                     count = plan.offline_images // (4 if arm == "naive" else 1)
-                    timing = msgspec.json.decode(await _loop(arm, model, folder, str(count)), type=Timing)
+                    timing = msgspec.json.decode(
+                        await loop_process.output_of(LOOPS, arm, model, folder, str(count)), type=Timing
+                    )
                 rate = timing.images_per_second
                 self._say(f"{model}, {arm} {number + 1}/{plan.repeats}: {rate:.1f} images/s")
                 timings[arm].append(timing)
@@ -178,7 +180,9 @@ class EngineBench:
 
     async def _online(self, model: str, pictures: Sequence[bytes], folder: str, rate: float) -> Online:
         plan, seconds = self._plan, self._plan.online_seconds
-        said = await _loop("online", model, folder, f"{rate}", f"{seconds}", f"{plan.seed}")
+        said = await loop_process.output_of(
+            LOOPS, "online", model, folder, f"{rate}", f"{seconds}", f"{plan.seed}"
+        )
         best = msgspec.json.decode(said, type=list[float])
         kafka = (await self._kafka.online(pictures, rate, seconds, plan.seed)).latencies
         seen = await self._pipeline.online(pictures, rate, seconds, plan.seed)
@@ -198,8 +202,10 @@ class EngineBench:
     @asynccontextmanager
     async def _kafka_loop(self, model: str) -> AsyncIterator[None]:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loadtest.engine_loops", "kafka", model, LOOP_PREFIX,
-            env=_environment() | {f"{PREFIX}KAFKA_BOOTSTRAP_SERVERS": self._settings.resolved_kafka},
+            sys.executable, "-m", LOOPS, "kafka", model, LOOP_PREFIX,
+            env=loop_process.ENVIRONMENT
+            | os.environ
+            | {f"{PREFIX}KAFKA_BOOTSTRAP_SERVERS": self._settings.resolved_kafka},
         )  # fmt: skip
         try:
             yield
@@ -240,25 +246,3 @@ def _latencies(online: Online) -> str:
         f"aiokafka loop {pair(online.kafka_p50_seconds, online.kafka_p99_seconds)}; "
         f"best loop without Kafka {pair(online.best_p50_seconds, online.best_p99_seconds)}"
     )
-
-
-def _environment() -> dict[str, str]:
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-
-
-async def _loop(*arguments: str) -> bytes:
-    """Run one of the loops in a process of its own and return what it prints."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "loadtest.engine_loops", *arguments, env=_environment(),
-        stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(LOOP_TIMEOUT_SECONDS):
-            out, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise FatalError(f"the {arguments[0]} loop ended with code {process.returncode}")
-    return out

@@ -1,5 +1,7 @@
 """The bare loops that a benchmark sets the spine beside: the same pictures, decoder and models, no Kafka.
 
+Those that the engine is set beside, which use none of it, are in `engine_loops.py`.
+
 `python -m loadtest.loops naive|best FOLDER IMAGES BATCH` prints one line of JSON; it is a process of its own,
 so that nothing but the loop runs in it. Imports, reading the files and warm-up are outside the clock. The
 loops throw their results away: no digest, no receipt, no JSON, which the spine makes for each picture.

@@ -14,10 +14,10 @@ from pipeline.database import Database
 from pipeline.errors import ModelError, UndecodableImageError
 from pipeline.events import SHA256_HEX
 from pipeline.objects import ObjectStore
-from pipeline.settings import Settings, load
+from pipeline.settings import Settings
 from pipeline.topics import IMAGES_BULK, IMAGES_REALTIME
 from tests.support.eventually import eventually
-from tests.support.gateway import JPEG, PNG, Gateway, Workers, serving
+from tests.support.gateway import JPEG, PNG, Gateway, Workers, installed, serving
 
 HOSTILE_IDS = [
     "a/b/content",
@@ -36,12 +36,7 @@ HOSTILE_IDS = [
 @pytest.fixture
 async def settings(kafka: str, topic_prefix: str, database: str, tmp_path: Path) -> Settings:
     """Settings of an installation of its own, with its topics."""
-    settings = load(
-        kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_partitions=1, database_url=database,
-        object_store_url=str(tmp_path / "objects"), max_image_bytes=2_000_000,
-    )  # fmt: skip
-    await admin.apply_topics(settings)
-    return settings
+    return await installed(kafka, topic_prefix, database, tmp_path, max_image_bytes=2_000_000)
 
 
 @pytest.fixture

@@ -8,27 +8,22 @@ from typing import Any
 
 import pytest
 
-from pipeline import admin, deployments
+from pipeline import deployments
 from pipeline.broker import Publisher
 from pipeline.database import Database
 from pipeline.deployments import Desired, Refusal, Status
 from pipeline.registry import activate
-from pipeline.settings import Settings, load
+from pipeline.settings import Settings
 from pipeline.topics import MODELS
 from tests.support.eventually import eventually
-from tests.support.gateway import Gateway, serving
+from tests.support.gateway import Gateway, installed, serving
 from tests.support.samples import prediction
 
 
 @pytest.fixture
 async def settings(kafka: str, topic_prefix: str, database: str, tmp_path: Path) -> Settings:
     """Settings of an installation of its own, with its topics."""
-    settings = load(
-        kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_partitions=1, database_url=database,
-        object_store_url=str(tmp_path / "objects"),
-    )  # fmt: skip
-    await admin.apply_topics(settings)
-    return settings
+    return await installed(kafka, topic_prefix, database, tmp_path)
 
 
 @pytest.fixture

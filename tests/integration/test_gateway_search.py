@@ -13,14 +13,14 @@ import msgspec
 import pytest
 
 from gateway import live
-from pipeline import admin, events
+from pipeline import events
 from pipeline.database import Database
 from pipeline.errors import ModelError, UndecodableImageError
 from pipeline.events import Record
 from pipeline.objects import ObjectStore
-from pipeline.settings import Settings, load
+from pipeline.settings import Settings
 from pipeline.topics import IMAGES_REALTIME
-from tests.support.gateway import JPEG, Gateway, Workers, serving
+from tests.support.gateway import JPEG, Gateway, Workers, installed, serving
 from tests.support.samples import NOW, dead_letter, image_row, prediction
 from tests.support.vectors import MODEL, clustered, embedded, fill
 
@@ -29,12 +29,9 @@ TEXT = {"content-type": "application/json"}
 
 @pytest.fixture
 async def settings(kafka: str, topic_prefix: str, database: str, tmp_path: Path) -> Settings:
-    settings = load(
-        kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_partitions=1, database_url=database,
-        object_store_url=str(tmp_path / "objects"), max_image_bytes=2_000_000, search_timeout_seconds=20,
-    )  # fmt: skip
-    await admin.apply_topics(settings)
-    return settings
+    return await installed(
+        kafka, topic_prefix, database, tmp_path, max_image_bytes=2_000_000, search_timeout_seconds=20
+    )
 
 
 @pytest.fixture

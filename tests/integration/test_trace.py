@@ -9,17 +9,16 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from pipeline import admin
 from pipeline.broker import Publisher
 from pipeline.connections import client_options
 from pipeline.database import Database
 from pipeline.deadletters import encode_dead_letter
 from pipeline.events import ImageEvent, Prediction, Receipt, encode_image, encode_prediction
 from pipeline.results import ImageRow
-from pipeline.settings import Settings, load
+from pipeline.settings import Settings
 from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, PREDICTIONS
 from pipeline.trace import Step, Trace, trace
-from tests.support.gateway import serving
+from tests.support.gateway import installed, serving
 from tests.support.samples import NOW, dead_letter, image_row, prediction
 
 RECEIPT = Receipt(
@@ -31,12 +30,7 @@ RECEIPT = Receipt(
 
 @pytest.fixture
 async def settings(kafka: str, topic_prefix: str, database: str, tmp_path: Path) -> Settings:
-    settings = load(
-        kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, topic_partitions=1, database_url=database,
-        object_store_url=str(tmp_path / "objects"),
-    )  # fmt: skip
-    await admin.apply_topics(settings)
-    return settings
+    return await installed(kafka, topic_prefix, database, tmp_path)
 
 
 @pytest.fixture

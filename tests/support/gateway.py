@@ -6,18 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
-from pipeline import deadletters, events
+from pipeline import admin, deadletters, events
 from pipeline.broker import Publisher
 from pipeline.errors import MillraceError
 from pipeline.events import ImageEvent, ModelResult, Prediction, Receipt, Record, prediction_id
 from pipeline.readers import LiveReader
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load
 from pipeline.topics import DEAD_LETTERS, LANES, PREDICTIONS
 
 #: The first bytes of a JPEG, and enough for whoever never decodes it.
@@ -37,6 +38,18 @@ class Gateway:
     def url(self) -> str:
         """Base URL."""
         return str(self.http.base_url)
+
+
+async def installed(
+    bootstrap_servers: str, topic_prefix: str, database: str, folder: Path, **values: object
+) -> Settings:
+    """Return the settings of an installation of a test's own, with its topics, one partition each."""
+    settings = load(
+        kafka_bootstrap_servers=bootstrap_servers, topic_prefix=topic_prefix, topic_partitions=1,
+        database_url=database, object_store_url=str(folder / "objects"), **values,
+    )  # fmt: skip
+    await admin.apply_topics(settings)
+    return settings
 
 
 @asynccontextmanager
