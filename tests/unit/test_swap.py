@@ -89,8 +89,10 @@ async def test_swapping_under_load_loses_nothing_and_never_goes_back() -> None:
                 await asyncio.wait_for(bench.engine.swap([seeing(str(version), 32 - 2 * version)]), 5)
 
         await asyncio.gather(submit(), swap())
+        # The 300 may all have been decoded for older models by the time of the last swap: this one was not.
+        last = bench.submit()
         outcomes = await bench.finished()
-    assert len(outcomes) == 300
+    assert len(outcomes) == 301
     versions = [
         predicted(outcomes[name]).results[0].version
         for call in bench.calls
@@ -98,7 +100,8 @@ async def test_swapping_under_load_loses_nothing_and_never_goes_back() -> None:
         if isinstance(outcomes[name], Predicted)
     ]
     assert versions == sorted(versions)
-    assert (versions[0], versions[-1]) == ("0", "7")
+    assert versions[0] == "0"
+    assert predicted(outcomes[last]).results[0].version == "7"
 
 
 async def test_a_swap_ends_with_the_engine() -> None:
