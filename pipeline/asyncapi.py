@@ -1,4 +1,4 @@
-"""The AsyncAPI 3.0 document for people who publish pictures or consume predictions.
+"""The AsyncAPI 3.0 document for people who publish pictures or telemetry, or consume what comes of them.
 
 Made from the topic table and the event types, written by `make asyncapi` to `docs/asyncapi.json`; a test
 fails when that file is not current. Operations are the reader's own: you send images, you receive results.
@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline import deadletters, deployments, events, examples, topics
+from pipeline import deadletters, deployments, events, examples, telemetry, topics
 from pipeline.topics import Topic
 
 JsonObject = dict[str, Any]
@@ -19,6 +19,9 @@ BINDING_VERSION = "0.5.0"  # of the AsyncAPI Kafka bindings
 _DESCRIPTION = """Pictures in, predictions out. Publish an encoded picture to one of the two image topics; its \
 outcome comes back on `predictions.v1`, or, when the picture or its envelope cannot be used, on \
 `dead-letters.v1`.
+
+GPU telemetry: publish the samples of a host as JSON to `gpu.samples.v1`; closed windows and alerts come out. \
+Fields have the names of `docs/telemetry.md`; DCGM's own names are understood too.
 
 Events are CloudEvents 1.0 in Kafka's binary mode: attributes are headers, the value is the data. No header is \
 required: a bare record is a valid image event, with `topic:partition:offset:timestamp_ms` for an id. The id \
@@ -61,6 +64,17 @@ predictions of an image in a deployment the one of the higher revision counts.",
     "Status.revision": "What it runs; absent while it starts.",
     "Status.loading": "What it is loading beside that.",
     "Status.attempts": "How often in a row it has begun to load that.",
+    "Sample.values": "By field name, in DCGM's units; what is not known is absent, never zero.",
+    "Sample.xids": "XID errors that were reported at this moment.",
+    "Sample.state": "`lost`: the driver no longer answers for this GPU.",
+    "Sample.source_time": "Of a replay: when the source says that this was.",
+    "Samples.gpus": "What is known of the GPUs; need not be in every record.",
+    "Windows.end": "Equal to the start: an event, such as an XID error.",
+    "GpuWindow.conditions": "All that hold, not only new ones.",
+    "GpuWindow.state": "For the detector alone.",
+    "Condition.since": "With GPU and rule the identity of an alert.",
+    "Condition.action": "What to do next, such as ignore, restart_app, reset_gpu, restart_machine.",
+    "Alert.time": "When this state began.",
 }
 
 
@@ -98,6 +112,13 @@ def document() -> JsonObject:
             ),
             "receiveModels": _operation(
                 "receive", topics.MODELS, "Follow which models should run, and which do."
+            ),
+            "publishGpuSamples": _operation("send", topics.GPU_SAMPLES, "Publish what GPUs measure."),
+            "receiveGpuWindows": _operation(
+                "receive", topics.GPU_WINDOWS, "Receive closed windows with scores and conditions."
+            ),
+            "receiveGpuAlerts": _operation(
+                "receive", topics.GPU_ALERTS, "Receive what alerts begin, fire and end."
             ),
         },
         "components": {"messages": _messages(), "schemas": _schemas()},
@@ -145,6 +166,9 @@ def _message_names(topic: Topic) -> tuple[str, ...]:
         topics.PREDICTIONS: ("prediction",),
         topics.DEAD_LETTERS: ("deadLetter",),
         topics.MODELS: ("desiredModels", "replicaStatus"),
+        topics.GPU_SAMPLES: ("gpuSamples",),
+        topics.GPU_WINDOWS: ("gpuWindows",),
+        topics.GPU_ALERTS: ("gpuAlert",),
     }[topic]
 
 
@@ -203,7 +227,43 @@ def _messages() -> JsonObject:
                 for name, status in zip(("runs", "refused"), examples.statuses(), strict=True)
             ],
         },
-    }
+    } | _telemetry_messages()
+
+
+def _telemetry_messages() -> JsonObject:
+    def message(
+        title: str, schema: str, event_type: str, key: str, named: dict[str, events.Outgoing]
+    ) -> JsonObject:
+        return {
+            "title": title,
+            "contentType": "application/json",
+            "headers": _telemetry_headers(event_type),
+            "payload": {"$ref": f"#/components/schemas/{schema}"},
+            "bindings": _key(key),
+            "examples": [
+                {"name": name} | _example(outgoing) | {"payload": msgspec.json.decode(outgoing.value or b"")}
+                for name, outgoing in named.items()
+            ],
+        }
+
+    samples = map(telemetry.encode_samples, examples.samples())
+    windows = map(telemetry.encode_windows, examples.windows())
+    alerts = map(telemetry.encode_alert, examples.alerts())
+    return {
+        "gpuSamples": message(
+            "The samples of a host's GPUs over one publish interval", "Samples", telemetry.SAMPLES_TYPE,
+            "The host, or the job or cluster whose GPUs are compared with each other.",
+            dict(zip(("full", "least"), samples, strict=True)),
+        ),
+        "gpuWindows": message(
+            "A closed window of the GPUs that share a key", "Windows", telemetry.WINDOWS_TYPE,
+            "The key of the samples.", dict(zip(("closed", "event"), windows, strict=True)),
+        ),
+        "gpuAlert": message(
+            "A step in the life of an alert", "Alert", telemetry.ALERT_TYPE, "The alert's id.",
+            dict(zip(("firing", "resolved"), alerts, strict=True)),
+        ),
+    }  # fmt: skip
 
 
 def _key(description: str) -> JsonObject:
@@ -278,6 +338,18 @@ def _models_headers(event_type: str) -> JsonObject:
     )
 
 
+def _telemetry_headers(event_type: str) -> JsonObject:
+    return _headers(
+        {
+            "ce_specversion": {"const": "1.0"},
+            "ce_type": {"const": event_type},
+            "ce_id": {"description": "Whose, and when."},
+            "ce_source": {"description": "millrace/telemetry"},
+            "content-type": {"const": "application/json"},
+        }
+    )
+
+
 def _dead_letter_headers() -> JsonObject:
     own = {
         "group": {"description": "The consumer group that gave the record up."},
@@ -310,9 +382,12 @@ _TRACE: JsonObject = {"pattern": f"^{events.TRACEPARENT.pattern}$", "description
 
 def _schemas() -> JsonObject:
     _, schemas = msgspec.json.schema_components(
-        [events.Prediction, deployments.Desired, deployments.Status],
+        [
+            events.Prediction, deployments.Desired, deployments.Status,
+            telemetry.Samples, telemetry.Windows, telemetry.Alert,
+        ],
         ref_template="#/components/schemas/{name}",
-    )
+    )  # fmt: skip
     for place, note in NOTES.items():
         struct, _, field = place.partition(".")
         schemas[struct]["properties"][field]["description"] = note

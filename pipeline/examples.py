@@ -4,7 +4,7 @@ import base64
 import hashlib
 from datetime import UTC, datetime, timedelta
 
-from pipeline import deadletters, events, topics
+from pipeline import deadletters, events, telemetry, topics
 from pipeline.deployments import Artefact, Desired, ModelIdentity, Refusal, Status, Version
 from pipeline.errors import UndecodableImageError
 
@@ -125,3 +125,83 @@ def statuses() -> tuple[Status, ...]:
         ),
     )  # fmt: skip
     return runs, refused
+
+
+_GPU = "GPU-5fd4f087-86f3-7a43-b711-4771313afc50"
+_PEER = "GPU-0c2ba5a4-8f2d-4f39-9c0e-6d1b6b5a8f11"
+
+
+def samples() -> tuple[telemetry.Samples, ...]:
+    """Return a host's samples with an XID error, and the least that a record may say."""
+    full = telemetry.Samples(
+        host="node-7",
+        source="nvml",
+        gpus=(
+            telemetry.Gpu(
+                gpu_uuid=_GPU, index=0, model="NVIDIA H100 80GB HBM3", device="nvidia0",
+                pci_bus_id="00000000:1B:00.0", driver_version="580.65.06", labels={"namespace": "training"},
+            ),
+        ),
+        samples=(
+            telemetry.Sample(
+                gpu_uuid=_GPU, time=TIME,
+                values={"temperature_celsius": 67.0, "power_watts": 612.5, "utilization_percent": 98.0},
+            ),
+            telemetry.Sample(gpu_uuid=_PEER, time=TIME, xids=(79,), state="lost"),
+        ),
+    )  # fmt: skip
+    least = telemetry.Samples(
+        host="node-8",
+        samples=(telemetry.Sample(gpu_uuid="GPU-1", time=TIME, values={"temperature_celsius": 51.0}),),
+    )
+    return full, least
+
+
+def condition() -> telemetry.Condition:
+    """Return a rule that holds for a GPU that is hotter than its peers."""
+    return telemetry.Condition(
+        rule="thermal_margin", severity="critical", state="firing", since=TIME, for_seconds=120.0, value=2.0,
+        limit=5.0, field="temperature_margin_celsius",
+        peers=telemetry.Peers(count=7, median=21.0, deviation=1.5, score=-8.5),
+        message="2 C left to the slowdown threshold, limit 5, for 2 min; the median of 7 peers is 21 C",
+        action="inspect", runbook="Check fans, air flow and dust; compare with the GPUs beside it.",
+    )  # fmt: skip
+
+
+def windows() -> tuple[telemetry.Windows, ...]:
+    """Return a closed window with a condition, and an XID error as a window of zero length."""
+    hot = telemetry.GpuWindow(
+        gpu_uuid=_GPU, host="node-7", model="NVIDIA H100 80GB HBM3", samples=6,
+        values={"temperature_margin_celsius": telemetry.Aggregate(6, 1.0, 3.0, 2.0, 2.0)},
+        scores={"peers": 8.5}, conditions=(condition(),),
+    )  # fmt: skip
+    xid = telemetry.Condition(
+        rule="xid_79", severity="critical", state="firing", since=TIME, value=79.0, action="restart_machine",
+        message="XID 79: the GPU has fallen off the bus",
+    )  # fmt: skip
+    closed = telemetry.Windows(
+        key="node-7", start=TIME, end=TIME + timedelta(minutes=1), gpus=(hot,), rules_version="1"
+    )
+    event = telemetry.Windows(
+        key="node-7",
+        start=TIME,
+        end=TIME,
+        gpus=(telemetry.GpuWindow(gpu_uuid=_PEER, host="node-7", conditions=(xid,), xids=(79,)),),
+        rules_version="1",
+    )
+    return closed, event
+
+
+def alerts() -> tuple[telemetry.Alert, ...]:
+    """Return the beginning and the end of an alert."""
+    held = condition()
+    identity = telemetry.alert_id(_GPU, held.rule, held.since)
+    firing = telemetry.Alert(
+        id=identity, state="firing", gpu_uuid=_GPU, host="node-7", since=TIME, time=TIME + timedelta(minutes=2),
+        condition=held, model="NVIDIA H100 80GB HBM3",
+    )  # fmt: skip
+    resolved = telemetry.Alert(
+        id=identity, state="resolved", gpu_uuid=_GPU, host="node-7", since=TIME,
+        time=TIME + timedelta(minutes=9), condition=held, model="NVIDIA H100 80GB HBM3",
+    )  # fmt: skip
+    return firing, resolved

@@ -91,7 +91,7 @@ DEAD_LETTERS = Topic(
     partitions=4,
     max_record_bytes=MAX_DEAD_LETTER_RECORD_BYTES,
     retention_seconds=30 * DAY_SECONDS,
-    producers=("predict", "store", "archive"),
+    producers=("predict", "store", "archive", "record", "notify"),
     consumers=("store", "gateway"),
 )
 
@@ -112,7 +112,44 @@ MODELS = Topic(
     compacted=True,
 )
 
-TOPICS = (IMAGES_REALTIME, IMAGES_BULK, PREDICTIONS, DEAD_LETTERS, MODELS)
+GPU_SAMPLES = Topic(
+    name="gpu.samples.v1",
+    key="host (or job, or cluster: whose GPUs are compared with each other)",
+    description="What GPUs measure: the samples of all GPUs of one host over one publish interval.",
+    partitions=12,
+    # 1,000 samples with every field are 1.5 MB.
+    max_record_bytes=4 * MEBIBYTE,
+    retention_seconds=2 * DAY_SECONDS,
+    producers=("collect", "replay", "simulate", "any client"),
+    consumers=("watch", "record"),
+)
+GPU_WINDOWS = Topic(
+    name="gpu.windows.v1",
+    key="as gpu.samples.v1",
+    description="Closed windows: aggregates, scores, conditions that hold, and the detector's state after them.",
+    # As many as the samples have: a window is published to the partition that its samples came from, and read
+    # back from there by the next worker that gets the partition.
+    partitions=12,
+    max_record_bytes=8 * MEBIBYTE,
+    retention_seconds=7 * DAY_SECONDS,
+    producers=("watch",),
+    consumers=("record",),
+    followers=("watch",),
+)
+GPU_ALERTS = Topic(
+    name="gpu.alerts.v1",
+    key="alert id",
+    description="A step in the life of an alert: pending, firing, resolved.",
+    partitions=4,
+    max_record_bytes=64 * 1024,
+    retention_seconds=30 * DAY_SECONDS,
+    producers=("record",),
+    consumers=("notify",),
+)
+
+TOPICS = (
+    IMAGES_REALTIME, IMAGES_BULK, PREDICTIONS, DEAD_LETTERS, MODELS, GPU_SAMPLES, GPU_WINDOWS, GPU_ALERTS,
+)  # fmt: skip
 LANES: dict[Lane, Topic] = {"realtime": IMAGES_REALTIME, "bulk": IMAGES_BULK}
 
 

@@ -13,7 +13,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from pipeline import asyncapi, deadletters, deployments, events, examples, imaging, topics
+from pipeline import asyncapi, deadletters, deployments, events, examples, imaging, telemetry, topics
 from pipeline.events import Record
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_channels_are_the_topic_table() -> None:
 
 
 def test_operations_are_the_users() -> None:
-    """People send images, receive predictions and dead letters, and follow what runs."""
+    """People send images and telemetry, receive what comes of them, and follow what runs."""
     operations = {
         operation["channel"]["$ref"].removeprefix("#/channels/"): operation["action"]
         for operation in DOCUMENT["operations"].values()
@@ -80,6 +80,9 @@ def test_operations_are_the_users() -> None:
         "predictions.v1": "receive",
         "dead-letters.v1": "receive",
         "models.v1": "receive",
+        "gpu.samples.v1": "send",
+        "gpu.windows.v1": "receive",
+        "gpu.alerts.v1": "receive",
     }
 
 
@@ -95,7 +98,7 @@ def test_examples_fit_their_schemas(name: str, example: dict[str, Any]) -> None:
 
 def key_of(payload: Any) -> bytes | None:
     """Return the key of an example of `models.v1`, as its binding says."""
-    if not isinstance(payload, dict):
+    if not isinstance(payload, dict) or "deployment" not in payload:
         return None
     return "/".join(payload[name] for name in ("deployment", "replica") if name in payload).encode()
 
@@ -110,7 +113,7 @@ def test_examples_decode(name: str, example: dict[str, Any]) -> None:
         topic="any",
         partition=0,
         offset=0,
-        timestamp_ms=0,
+        timestamp_ms=int(examples.TIME.timestamp() * 1000),
         key=key_of(payload),
         value=value or None,
         headers=tuple((header, text.encode()) for header, text in example["headers"].items()),
@@ -119,6 +122,12 @@ def test_examples_decode(name: str, example: dict[str, Any]) -> None:
         assert events.decode_prediction(record) in examples.predictions()
     elif name in {"desiredModels", "replicaStatus"}:
         assert deployments.decode(record) in (examples.desired(), *examples.statuses())
+    elif name == "gpuSamples":
+        assert telemetry.decode_samples(record) in [(samples, {}) for samples in examples.samples()]
+    elif name == "gpuWindows":
+        assert telemetry.decode_windows(record) in examples.windows()
+    elif name == "gpuAlert":
+        assert telemetry.decode_alert(record) in examples.alerts()
     elif name == "deadLetter":
         assert deadletters.decode_dead_letter(record).code == "undecodable_image"
     else:

@@ -4,6 +4,7 @@
 it means. Add files, never change one: a contract version keeps its meaning, another meaning is another version.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,26 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline import deadletters, deployments, events, topics
+from pipeline import deadletters, deployments, events, telemetry, topics
 from pipeline.deadletters import DeadLetter
 from pipeline.deployments import Desired, Status
 from pipeline.events import ImageEvent, Outgoing, Prediction, Record
 
+# Both lanes are one contract.
+STEM = re.compile(r"(\.realtime|\.bulk)?\.v[0-9]+$")
 GOLDEN = Path(__file__).parents[1] / "golden"
 CODECS: dict[str, tuple[Any, Callable[[Record], Any], Callable[[Any], Outgoing]]] = {
     "images/v1": (ImageEvent, events.decode_image, events.encode_image),
     "predictions/v1": (Prediction, events.decode_prediction, events.encode_prediction),
     "dead-letters/v1": (DeadLetter, deadletters.decode_dead_letter, deadletters.encode_dead_letter),
     "models/v1": (Any, deployments.decode, deployments.encode),
+    "gpu.samples/v1": (
+        telemetry.Samples,
+        lambda record: telemetry.decode_samples(record)[0],
+        telemetry.encode_samples,
+    ),
+    "gpu.windows/v1": (telemetry.Windows, telemetry.decode_windows, telemetry.encode_windows),
+    "gpu.alerts/v1": (telemetry.Alert, telemetry.decode_alert, telemetry.encode_alert),
 }
 FILES = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/*/*.json"))
 
@@ -62,6 +72,6 @@ def test_golden_events_encode_to_the_same_meaning(name: str) -> None:
 
 def test_every_contract_has_golden_records() -> None:
     """Each topic of the table has golden records of its version."""
-    stems = {topic.name.partition(".")[0] + "/" + topic.name.rpartition(".")[2] for topic in topics.TOPICS}
+    stems = {STEM.sub("", topic.name) + "/" + topic.name.rpartition(".")[2] for topic in topics.TOPICS}
     assert stems == set(CODECS)
     assert set(CODECS) == {name.rpartition("/")[0] for name in FILES}

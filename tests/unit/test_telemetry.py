@@ -1,0 +1,138 @@
+"""The contracts of GPU telemetry: bytes are samples or a ContractError; what cannot be is left out and counted."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import dcgm, telemetry
+from pipeline.errors import ContractError
+from pipeline.events import Record
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+def record(value: Any, ce_type: str | None = None) -> Record:
+    data = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    headers = () if ce_type is None else (("ce_type", ce_type.encode()),)
+    return Record(
+        topic="gpu.samples.v1", partition=0, offset=0, timestamp_ms=int(NOW.timestamp() * 1000), value=data,
+        headers=headers,
+    )  # fmt: skip
+
+
+def sample(**changed: Any) -> dict[str, Any]:
+    return {"gpu_uuid": "GPU-1", "time": NOW, "values": {"temperature_celsius": 50.0}} | changed
+
+
+def samples(*given_samples: Any) -> dict[str, Any]:
+    return {"host": "node-1", "samples": list(given_samples)}
+
+
+def test_every_name_leads_to_one_field() -> None:
+    """Ids, our names, classic names and DCGM 4.6 names are each of one field."""
+    names = [name for field in dcgm.FIELDS for name in field.names]
+    assert len(names) == len(set(names)) == len(dcgm.BY_NAME)
+    assert len({field.id for field in dcgm.FIELDS}) == len(dcgm.FIELDS)
+    found = [dcgm.find(name) for name in ("DCGM_FI_DEV_GPU_TEMP", " DCGM_FI_DEV_GPU_TEMP_CELSIUS")]
+    assert [field.id for field in found if field] == [150, 150]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("temperature_celsius", 61.0, None),
+        ("temperature_celsius", float(0x7FFFFFF0 + 2), "blank"),
+        ("power_watts", 140737488355328.0, "blank"),
+        ("memory_used_mebibytes", 9223372036854775794.0, "blank"),
+        # 2.1 MJ since the driver was loaded: an hour's work, not a blank.
+        ("energy_millijoules", float(0x7FFFFFF1), None),
+        ("utilization_percent", 101.0, "above_maximum"),
+        ("power_watts", -1.0, "below_minimum"),
+        ("temperature_celsius", -20.0, None),
+        ("vendor_thing", -1e12, None),
+        ("vendor_thing", 140737488355329.0, "blank"),
+    ],
+)
+def test_what_a_value_cannot_be(name: str, value: float, expected: str | None) -> None:
+    """Blanks and the impossible are told from values, field by field."""
+    assert dcgm.why_dropped(name, value) == expected
+
+
+def test_nothing_plain_is_dropped() -> None:
+    """The limits that are asked first let nothing pass that would be dropped."""
+    for name, (lowest, highest) in dcgm.PLAIN.items():
+        assert [dcgm.why_dropped(name, value) for value in (lowest, highest)] == [None, None]
+
+
+def test_any_name_is_understood() -> None:
+    """Classic, new and our own names mean the same, and a name that nobody knows is kept."""
+    values = {
+        "DCGM_FI_DEV_GPU_TEMP": 61.0, "DCGM_FI_DEV_BOARD_POWER_WATTS": 300.0, "utilization_percent": 5.0,
+        "acme:fan.rpm": 1200.0,
+    }  # fmt: skip
+    found, dropped = telemetry.decode_samples(record(samples(sample(values=values))))
+    assert found.samples[0].values == {
+        "temperature_celsius": 61.0, "power_watts": 300.0, "utilization_percent": 5.0, "acme:fan.rpm": 1200.0,
+    }  # fmt: skip
+    assert dropped == {}
+
+
+def test_a_bad_sample_does_not_harm_its_neighbours() -> None:
+    """What is malformed, from the future or from before GPUs is left out and counted; the rest stays."""
+    found, dropped = telemetry.decode_samples(
+        record(
+            samples(
+                sample(),
+                {"gpu_uuid": "GPU-2"},
+                sample(time=NOW + timedelta(hours=1)),
+                sample(time="1970-01-01T00:00:00Z"),
+                sample(values={"temperature_celsius": 1e9, "power_watts": -5.0, "a name": 1.0}),
+                sample(gpu_uuid="GPU 3"),
+                7,
+            )
+        )
+    )
+    assert [each.gpu_uuid for each in found.samples] == ["GPU-1", "GPU-1"]
+    assert found.samples[1].values == {}
+    assert dropped == {
+        "malformed": 4, "ahead": 1, "ancient": 1, "above_maximum": 1, "below_minimum": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"", b"42", b"null", b"{}", b"[1]", b"\xff\xfe", b'{"host":"a","samples":[]}',
+        samples({"gpu_uuid": "GPU-1"}), samples(sample(time="2026-01-31T12:00:00")),
+        {"host": "", "samples": [sample()]}, samples(sample(time=NOW + timedelta(days=1))), b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_samples_is_refused(value: Any) -> None:
+    """A record of which nothing can be used is a broken contract, with a reason."""
+    with pytest.raises(ContractError):
+        telemetry.decode_samples(record(value))
+
+
+def test_another_type_is_refused() -> None:
+    """A record that says it is something else is not read as samples."""
+    with pytest.raises(ContractError, match=r"millrace\.gpu\.samples\.v2"):
+        telemetry.decode_samples(record(samples(sample()), "millrace.gpu.samples.v2"))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_samples_or_refused(value: bytes) -> None:
+    """Arbitrary bytes raise ContractError and nothing else, from each of the three readers."""
+    for decode in (telemetry.decode_samples, telemetry.decode_windows, telemetry.decode_alert):
+        with pytest.raises(ContractError):
+            decode(record(value))
+
+
+def test_an_alert_is_told_by_its_beginning() -> None:
+    """The same condition of the same beginning is one alert, in whatever time zone; a later one is another."""
+    first = telemetry.alert_id("GPU-1", "thermal_margin", NOW)
+    assert first == telemetry.alert_id("GPU-1", "thermal_margin", NOW.astimezone())
+    assert first != telemetry.alert_id("GPU-1", "thermal_margin", NOW + timedelta(seconds=1))
