@@ -34,11 +34,11 @@ def referred_image() -> events.ImageEvent:
     """Return a picture that lies in the object store."""
     return events.ImageEvent(
         id="big-1",
-        dataref="incoming/2026/big-1.tiff",
+        dataref="incoming/2026/big-1.jpg",
         sha256=hashlib.sha256(b"big").hexdigest(),
         source="example/scanner",
         time=TIME,
-        content_type="image/tiff",
+        content_type="image/jpeg",
     )
 
 
