@@ -19,15 +19,9 @@ from pipeline import events, logs, metrics, topics
 from pipeline.broker import Publisher
 from pipeline.deadletters import FaultLimiter
 from pipeline.deployments import Version
-from pipeline.errors import (
-    ConfigurationError,
-    ContractError,
-    MillraceError,
-    ModelError,
-    RecordTooLargeError,
-)
+from pipeline.errors import ContractError, MillraceError, ModelError, RecordTooLargeError
 from pipeline.inference import Dropped, Engine, EngineOptions, Expired, Failed, Outcome, Predicted, Request
-from pipeline.models import LoadOptions, Model, load_models, resolve_device, torch_threads
+from pipeline.models import LoadOptions, Model, load_models, resolve_device
 from pipeline.objects import ObjectStore
 from pipeline.settings import Settings
 
@@ -124,29 +118,17 @@ class Predict:
 
     async def _swap(self, version: Version, models: Sequence[Model]) -> None:
         """Go over to these models; return when the last prediction of the old ones is with the broker."""
-        assert self._engine is not None
-        await in_thread(lambda: self._warm_up(models))
+        engine = self._engine
+        assert engine is not None
+        await in_thread(lambda: engine.warm_up(models))
         # Before the first outcome of the new ones.
         self._note(version, models)
-        await self._engine.swap(models)
+        await engine.swap(models)
         # A version that was activated to mend a bad one is not to wait for the bad one's probes.
         self._limiter, self._probe = self._new_limiter(), None
         metrics.LIMITER_OPEN.labels(self.name).set(False)
         if self._publishing:
             await asyncio.wait(set(self._publishing))
-
-    def _warm_up(self, models: Sequence[Model]) -> None:
-        threads = torch_threads(models, self._settings.torch_threads)
-        if threads and self._device.type == "cpu":
-            torch.set_num_threads(threads)  # this thread must not take the cores of the one that predicts
-        for model in models:
-            try:
-                with torch.inference_mode():
-                    model.warm_up()
-            except Exception as error:
-                raise ConfigurationError(
-                    f"{model.name!r} fails its warm-up: {type(error).__name__}: {error}"
-                ) from error
 
     def _note(self, version: Version, models: Sequence[Model]) -> None:
         self._identities = tuple((model.name, model.version) for model in models)

@@ -5,8 +5,10 @@ It knows neither Kafka nor a database. How a record flows, and where each stage 
     submit ─> fetching (event loop; only with a dataref)
            ─> decoding (a pool of threads: digest, decode)
            ─> batching (event loop; claim right before dispatch)
-           ─> forward  (one thread: all models on one batch; bisection)
+           ─> device   (one thread: `forward`, all models on one batch; bisection)
            ─> deliver  (event loop; the outcomes of a batch together)
+
+Other models take over in `swapping`.
 """
 
 from pipeline.inference.engine import Engine, EngineOptions

@@ -7,9 +7,7 @@ other threads are gathered into one wake-up of the loop.
 
 import asyncio
 import os
-import queue
 import secrets
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +17,14 @@ import torch
 from pipeline import logs, metrics
 from pipeline.batching import Batcher
 from pipeline.cost_model import CostModel
-from pipeline.errors import ConfigurationError, FatalError
+from pipeline.errors import FatalError
 from pipeline.imaging import Limits
 from pipeline.inference.decoding import Decoder
+from pipeline.inference.device import Device
 from pipeline.inference.fetching import Fetcher
 from pipeline.inference.forward import Batch, Forward, Report
 from pipeline.inference.outcomes import Dropped, Failed, Outcome, Request, Work
+from pipeline.inference.swapping import Swap
 from pipeline.models import Model, torch_threads
 from pipeline.settings import Settings
 
@@ -86,33 +86,30 @@ class Engine:
     ) -> None:
         self._options = options
         self._deliver_outcomes = deliver
-        self._forward = Forward(models, options.device)
-        self._torch_threads = torch_threads(models, options.torch_threads)
-        self._next_torch_threads = self._torch_threads
+        self._swap = Swap(self._forward_of(models))
+        self._device = Device(
+            hang_seconds=options.batch_hang_seconds,
+            call_soon=self._call_soon,
+            on_done=self._on_batch_done,
+            on_hang=self._fail,
+        )
         self._batcher: Batcher[Work] = Batcher(options.max_batch_size, options.max_batch_bytes)
         threads = options.decode_threads or len(
             os.sched_getaffinity(0)
         )  # a container has fewer than the machine
-        self._decoder = Decoder(self._forward.views, options.limits, threads, self._wake)
+        self._decoder = Decoder(self._swap.views, options.limits, threads, self._wake)
         self._fetcher = Fetcher(
             fetch,
             missing_object_grace_seconds=options.missing_object_grace_seconds,
             on_fetched=self._on_fetched,
             on_dropped=self._drop,
         )
-        self._next_forward: Forward | None = None
-        self._swapped: asyncio.Future[None] | None = None
-        self._swapping = asyncio.Lock()
         self._room_records = self._room()
         self._open: set[Work] = set()
         self._ahead = 0  # waiting for the decoder, in it, or decoded and not dispatched
         self._room_waiters: list[asyncio.Future[None]] = []
         self._all_done: asyncio.Future[None] | None = None
-        self._on_device: Batch | None = None
-        self._dispatched_at = 0.0
-        self._hang_timer: asyncio.TimerHandle | None = None
         self._wait_timer: asyncio.TimerHandle | None = None
-        self._device_queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._wake_is_coming = False
         self._draining = False
         self._stopped = False
@@ -127,18 +124,11 @@ class Engine:
         """
         self._loop = asyncio.get_running_loop()
         self.fatal = self._loop.create_future()
-        warm: asyncio.Future[None] = self._loop.create_future()
-        # A daemon: a pass that hangs must not keep the process from ending.
-        threading.Thread(target=self._run_device, args=(warm,), name="device", daemon=True).start()
         try:
-            await warm
-        except Exception as error:  # models raise anything
+            await self._device.start(self._swap.forward)
+        except BaseException:
             self._stopped = True
-            text = " ".join(str(error).split())
-            model = self._forward.failing_model
-            raise ConfigurationError(
-                f"MILLRACE_MODELS: {model!r} fails its warm-up: {type(error).__name__}: {text}"
-            ) from error
+            raise
 
     async def wait_for_room(self) -> None:
         """Return once fewer records wait for the device than it takes to keep it busy."""
@@ -158,22 +148,27 @@ class Engine:
         else:
             self._decode(work)
 
+    def warm_up(self, models: Sequence[Model]) -> None:
+        """Warm models up that are to take over; blocks, in a thread of the caller's.
+
+        Raises:
+            ConfigurationError: one of them fails.
+        """
+        self._forward_of(models).warm_up()
+
     async def swap(self, models: Sequence[Model]) -> None:
         """Go over to other models between two batches; they are loaded and warm.
 
         Records that are decoded for the old models only are finished by them first. Returns when the next batch
         is the new models', or the engine has stopped.
         """
-        async with self._swapping:
+        async with self._swap.turn:
             if self._stopped:
                 return
-            self._next_forward = Forward(models, self._options.device)
-            self._next_torch_threads = torch_threads(models, self._options.torch_threads)
-            self._swapped = self._loop.create_future()
-            # For both: until the last record of the old ones is dispatched, they get every batch.
-            self._decoder.show(dict.fromkeys((*self._forward.views, *self._next_forward.views)))
-            self._switch()
-            await asyncio.wait((self._swapped, self.fatal), return_when="FIRST_COMPLETED")
+            over = self._swap.begin(self._forward_of(models))
+            self._decoder.show(self._swap.views)
+            self._take_over()
+            await asyncio.wait((over, self.fatal), return_when="FIRST_COMPLETED")
 
     async def stop(self, drain_seconds: float) -> None:
         """Finish what was submitted within `drain_seconds`, then drop what is not on the device.
@@ -191,16 +186,18 @@ class Engine:
                 (self._all_done, self.fatal), timeout=drain_seconds, return_when="FIRST_COMPLETED"
             )
         self._stopped = True
-        if self._swapped is not None and not self._swapped.done():
-            self._swapped.set_result(None)
+        self._swap.end()
         self._fetcher.stop()
         self._decoder.stop()
-        self._device_queue.put(None)
-        for timer in (self._hang_timer, self._wait_timer):
-            if timer is not None:
-                timer.cancel()
+        self._device.stop()
+        if self._wait_timer is not None:
+            self._wait_timer.cancel()
         self._deliver([(work, Dropped()) for work in self._open if not work.is_claimed])
         self._open_room()
+
+    def _forward_of(self, models: Sequence[Model]) -> Forward:
+        device, threads = self._options.device, torch_threads(models, self._options.torch_threads)
+        return Forward(models, device, threads if device.type == "cpu" else 0)
 
     def _room(self) -> int:
         """Return how many records may wait for the device."""
@@ -208,20 +205,12 @@ class Engine:
         size = self._options.max_batch_size
         return max(size, min(DECODE_AHEAD_BATCHES * size, DECODE_AHEAD_BYTES // bytes_each))
 
-    def _switch(self) -> None:
-        """Go over to the next models, if there are any and the device and every decoded record are ready."""
-        forward = self._next_forward
-        if forward is None or self._on_device is not None:
-            return
-        if not all(work.is_claimed or forward.can_take(work) for work in self._open):
-            return
-        self._forward, self._next_forward = forward, None
-        self._torch_threads = self._next_torch_threads
-        self._batcher.costs = CostModel()
-        self._decoder.show(forward.views)
-        self._room_records = self._room()
-        if self._swapped is not None and not self._swapped.done():
-            self._swapped.set_result(None)
+    def _take_over(self) -> None:
+        """Let the next models take over, if there are any and it is time for them."""
+        if self._device.is_free and self._swap.take_over(self._open):
+            self._batcher.costs = CostModel()
+            self._decoder.show(self._swap.views)
+            self._room_records = self._room()
 
     def _decode(self, work: Work) -> None:
         self._ahead += 1
@@ -285,8 +274,8 @@ class Engine:
     def _dispatch(self) -> None:
         """Give the device its next batch, if it is free and something is ready."""
         settled: list[tuple[Work, Outcome]] = []
-        self._switch()
-        while self._on_device is None and len(self._batcher) and not self._stopped and not self.fatal.done():
+        self._take_over()
+        while self._device.is_free and len(self._batcher) and not self._stopped and not self.fatal.done():
             now = time.monotonic()
             cut = self._batcher.cut(now, self._decoder.coming(), draining=self._draining)
             self._ahead -= len(cut.items) + len(cut.expired)
@@ -298,13 +287,7 @@ class Engine:
                 batch = Batch(f"{self._batch_prefix}-{self._batch_number}", ours, cut.reason)
                 metrics.BATCH_SIZE.observe(len(ours))
                 metrics.BATCHES.labels(cut=cut.reason).inc()
-                self._on_device = batch
-                self._device_queue.put(batch)
-                self._dispatched_at = time.monotonic()
-                if self._hang_timer is None:  # one timer, whatever the rate of batches
-                    self._hang_timer = self._loop.call_later(
-                        self._options.batch_hang_seconds, self._check_hang
-                    )
+                self._device.run(self._swap.forward, batch)
             elif cut.wait_until is not None:
                 if self._wait_timer is None:
                     self._wait_timer = self._loop.call_later(cut.wait_until - now, self._end_wait)
@@ -317,22 +300,9 @@ class Engine:
         self._dispatch()
         self._open_room()
 
-    def _check_hang(self) -> None:
-        """Look whether one pass takes too long; a batch that is being bisected has many."""
-        self._hang_timer = None
-        if self._on_device is None or self._stopped:
-            return
-        ran = time.monotonic() - max(self._dispatched_at, self._forward.pass_started_at)
-        if ran >= self._options.batch_hang_seconds:
-            size = len(self._on_device.works)
-            self._fail(FatalError(f"a forward pass of a batch of {size} has run for {ran:.0f} s"))
-            return
-        self._hang_timer = self._loop.call_later(self._options.batch_hang_seconds - ran, self._check_hang)
-
     def _on_batch_done(self, report: Report) -> None:
         if self._stopped or self.fatal.done():
             return
-        self._on_device = None
         if report.fatal is not None:
             self._fail(report.fatal)
             return
@@ -359,7 +329,7 @@ class Engine:
         if not delivered:
             return
         self._open.difference_update(work for work, _ in delivered)
-        self._switch()
+        self._take_over()
         try:
             self._deliver_outcomes([(work.request, outcome) for work, outcome in delivered])
         except Exception as error:  # the caller's bug; going on would lose these outcomes silently
@@ -381,40 +351,3 @@ class Engine:
             _log.error("engine failed", error=error.message)
             self.fatal.set_exception(error)
             self.fatal.exception()  # seen: a caller that is ending anyway need not retrieve it
-
-    def _run_device(self, warm: "asyncio.Future[None]") -> None:
-        """Run batches until told to end; the body of the device thread."""
-        usual = torch.get_num_threads()
-        threads = self._set_threads(0, usual)
-        try:
-            self._forward.warm_up()
-        except BaseException as error:  # handed to the caller of `start`
-            self._call_soon(_set_exception, warm, error)
-            return
-        self._call_soon(_set_result, warm)
-        while (batch := self._device_queue.get()) is not None:
-            threads = self._set_threads(threads, usual)
-            try:
-                report = self._forward.run(batch)
-            except BaseException as error:  # nothing may end this thread silently
-                report = Report(
-                    batch, fatal=FatalError(f"the device thread failed: {type(error).__name__}: {error}")
-                )
-            self._call_soon(self._on_batch_done, report)
-
-    def _set_threads(self, present: int, usual: int) -> int:
-        """Give torch as many CPU threads as suit the models; return the number, 0 being the usual one."""
-        wanted = self._torch_threads
-        if wanted != present and self._options.device.type == "cpu":
-            torch.set_num_threads(wanted or usual)
-        return wanted
-
-
-def _set_result(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _set_exception(future: "asyncio.Future[None]", error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)

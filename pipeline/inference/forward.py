@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline import metrics
 from pipeline.batching import CutReason
-from pipeline.errors import FatalError, ImageError, MillraceError, ModelError
+from pipeline.errors import ConfigurationError, FatalError, ImageError, MillraceError, ModelError
 from pipeline.events import Box, ImageEvent, ModelResult, Receipt, Record, encode_embedding
 from pipeline.imaging import Picture, View
 from pipeline.inference.outcomes import Failed, Outcome, Predicted, Request, Work
@@ -64,8 +64,10 @@ class _WrongOutputError(Exception):
 class Forward:
     """Runs batches through the models; not thread-safe."""
 
-    def __init__(self, models: Sequence[Model], device: torch.device) -> None:
+    def __init__(self, models: Sequence[Model], device: torch.device, torch_threads: int = 0) -> None:
         self.views: tuple[View, ...] = tuple(dict.fromkeys(model.view for model in models))
+        #: The CPU threads of a pass; 0: as many as torch uses by itself.
+        self.torch_threads = torch_threads
         self._models = tuple(models)
         self._device = device
         self._device_name = str(device)
@@ -75,16 +77,22 @@ class Forward:
         self.pass_started_at = 0.0
 
     def warm_up(self) -> None:
-        """Warm every model up; raises whatever a model raises, with its name in `failing_model`."""
-        for model in self._models:
-            self._at_work = model.name
-            with torch.inference_mode():
-                model.warm_up()
+        """Warm every model up, with as many threads as it will run with.
 
-    @property
-    def failing_model(self) -> str:
-        """The model that ran last."""
-        return self._at_work
+        Raises:
+            ConfigurationError: a model fails.
+        """
+        if self.torch_threads:
+            torch.set_num_threads(self.torch_threads)
+        for model in self._models:
+            try:
+                with torch.inference_mode():
+                    model.warm_up()
+            except Exception as error:  # models raise anything
+                text = " ".join(str(error).split())
+                raise ConfigurationError(
+                    f"MILLRACE_MODELS: {model.name!r} fails its warm-up: {type(error).__name__}: {text}"
+                ) from error
 
     def can_take(self, work: Work) -> bool:
         """Whether a record was decoded for these models, or is not decoded yet."""
