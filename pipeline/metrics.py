@@ -93,6 +93,19 @@ LIMITER_OPEN = Gauge("millrace_limiter_open", "1 while model faults have paused 
 READY = Gauge("millrace_ready", "1 while the worker is warm and a member of its group.", ["step"])
 LAG_RECORDS = Gauge("millrace_lag_records", "Records not yet committed, by topic.", ["step", "topic"])
 
+# GPU telemetry
+SAMPLES_STORED = Counter("millrace_samples_stored", "GPU samples written to the database.")
+SAMPLES_REPEATED = Counter(
+    "millrace_samples_repeated",
+    "GPU samples of a GPU and a time already stored: with the same (repeat) or other values (conflict).",
+    ["kind"],
+)
+SAMPLES_DROPPED = Counter(
+    "millrace_samples_dropped",
+    "GPU samples, or values of samples, that were left out, by reason.",
+    ["step", "reason"],
+)
+
 # Gateway
 UPLOADS = Counter("millrace_uploads", "Uploads, by lane and HTTP status.", ["lane", "status"])
 REQUEST_SECONDS = Histogram(
