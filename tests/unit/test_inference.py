@@ -53,7 +53,11 @@ async def test_samples_are_predicted_with_the_built_in_models() -> None:
         assert (receipt.height or 0) > 100
         assert 1 <= (receipt.batch_size or 0) <= 8
         assert receipt.batch_id
-        assert receipt.batch_cut in ("full", "idle")
+        assert receipt.batch_cut in (
+            "full",
+            "idle",
+            "deadline",
+        )  # the last: decoding took longer than was waited for
         for seconds in (receipt.queue_seconds, receipt.decode_seconds, receipt.forward_seconds):
             assert seconds is not None
             assert 0 <= seconds < 20
