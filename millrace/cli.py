@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millrace import cli_measure, cli_models, cli_operations, cli_search
+from millrace import cli_feed, cli_measure, cli_models, cli_operations, cli_search
 from millrace.command import Json, run
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ dead_letters_app = typer.Typer(
     help="Look at what failed, and try again.",
 )
 app.add_typer(cli_search.app)
+app.add_typer(cli_feed.app)
 app.add_typer(cli_operations.app)
 app.add_typer(cli_measure.app)
 app.add_typer(publish_app, name="publish")

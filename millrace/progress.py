@@ -15,11 +15,14 @@ class Progress:
 
     Args:
         title: What is being done.
-        items: Makes an iterator whose length is the total; counted in a thread, as that may take minutes.
+        items: Makes an iterator whose length is the total; counted in a thread, as that may take minutes. None:
+            nobody knows the total.
         limit: The total is at most this.
     """
 
-    def __init__(self, title: str, items: Callable[[], Iterator[object]], limit: int | None = None) -> None:
+    def __init__(
+        self, title: str, items: Callable[[], Iterator[object]] | None, limit: int | None = None
+    ) -> None:
         self._title = title
         self._items = items
         self._limit = limit
@@ -54,7 +57,8 @@ class Progress:
             )
             self._task = self._bar.add_task(self._title, total=None, rate="", failed="")
             self._bar.start()
-            threading.Thread(target=self._count, daemon=True).start()
+            if self._items is not None:
+                threading.Thread(target=self._count, args=(self._items,), daemon=True).start()
         return self
 
     def __exit__(
@@ -64,20 +68,20 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, failed: int = 0) -> None:
-        """Count one item that is done."""
+    def advance(self, failed: int = 0, count: int = 1) -> None:
+        """Count items that are done."""
         if self._bar is not None:
             speed = self._bar.tasks[0].speed
             self._bar.update(
                 self._task,
-                advance=1,
+                advance=count,
                 rate=f"{speed:,.0f}/s" if speed else "",
                 failed=f"{failed:,} failed" if failed else "",
             )
 
-    def _count(self) -> None:
+    def _count(self, items: Callable[[], Iterator[object]]) -> None:
         total = 0
-        for _ in self._items():
+        for _ in items():
             total += 1
             if self._ended.is_set() or total == self._limit:
                 break

@@ -23,7 +23,7 @@ COMMANDS = [
     "publish images", "predictions get", "predictions tail", "lag", "topics", "topics list", "topics apply",
     "doctor", "up",
     "dead-letters list", "dead-letters show", "dead-letters redrive", "worker", "retention", "migrate",
-    "bench", "soak",
+    "bench", "soak", "replay",
 ]  # fmt: skip
 
 
@@ -43,6 +43,12 @@ def run(*arguments: str) -> tuple[int, str]:
         "predictions get",
         "predictions tail --from yesterday",
         "predictions tail --limit 0",
+        "replay",
+        "replay missing.csv",
+        "replay LICENSE --speed fast",
+        "replay LICENSE --speed max",
+        "replay LICENSE --interval 0",
+        "replay LICENSE --loop --keep-time",
         "dead-letters redrive",
         "dead-letters redrive 1 --all",
         "dead-letters redrive 1 --code image",

@@ -1,0 +1,92 @@
+"""Commands that bring GPU telemetry in from elsewhere than a GPU: a dump, a made-up fleet."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from millrace.command import Json, run
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from pipeline.settings import Settings
+
+app = typer.Typer(rich_markup_mode=None)
+
+Peers = Annotated[
+    str,
+    typer.Option(
+        metavar="host|KEY",
+        help="Whose GPUs are compared with each other: each host's, or all under this key.",
+    ),
+]
+Speed = Annotated[str, typer.Option(metavar="10x|max", help="Times as fast as the source.")]
+
+
+@app.command()
+def replay(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="CSV, also gzipped."),
+    ],
+    interval: Annotated[
+        str, typer.Option(metavar="100ms", help="How often what has become due is published.")
+    ] = "1s",
+    speed: Speed = "1x",
+    loop: Annotated[bool, typer.Option("--loop", help="Begin again at the end, until Ctrl-C.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows.")] = None,
+    peers: Peers = "host",
+    keep_time: Annotated[
+        bool, typer.Option("--keep-time", help="Samples keep the dump's time, and not that of the replay.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if any row is bad.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Stream a dump of dcgm-exporter to Kafka as if it were happening now, with a progress bar on a terminal.
+
+    The long format: a row for each value, with the columns timestamp, metric_name and value, uuid and Hostname or
+    labels_raw, and what else there is, in any order. Bad rows are left out, counted and listed with their line.
+    """
+    seconds = _length(interval, "--interval").total_seconds()
+    if seconds < 0.001:
+        raise typer.BadParameter("at least 1ms", param_hint="--interval")
+    times = _times(speed)
+    if loop and (keep_time or times is None):
+        raise typer.BadParameter("goes neither with --keep-time nor with --speed max", param_hint="--loop")
+    if times is None and not keep_time:
+        raise typer.BadParameter(
+            "max needs --keep-time: else all would be at one moment", param_hint="--speed"
+        )
+
+    def body(settings: "Settings") -> int:
+        import asyncio
+
+        from millrace import replay
+
+        wishes = replay.Wishes(seconds, times, loop, limit, peers, keep_time, strict, as_json)
+        return asyncio.run(replay.replay(settings, file, wishes))
+
+    run(body)
+
+
+def _times(text: str) -> float | None:
+    """Read 10x, 0.5x, or max as None."""
+    if text == "max":
+        return None
+    try:
+        times = float(text.removesuffix("x"))
+    except ValueError:
+        times = 0.0
+    if not 0.001 <= times <= 1_000_000:
+        raise typer.BadParameter(f"{text!r} is neither 10x nor max", param_hint="--speed")
+    return times
+
+
+def _length(text: str, option: str) -> "timedelta":
+    from millrace import durations
+
+    try:
+        return durations.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
