@@ -13,6 +13,8 @@ from gateway.views import (
     links,
 )
 from pipeline import examples
+from pipeline.agreement import Agreement, LabelPair
+from pipeline.comparison import Comparison, Outcomes, Seconds, Side
 from pipeline.deployments import DeploymentView, Desired, Registry, Status, encode
 from pipeline.events import ModelResult, Receipt, Record
 from pipeline.results import TracedImage
@@ -104,6 +106,29 @@ TRACE = Trace(
                 ),
                 Step(step="forwarded", at=_TIME, seconds=0.0107, detail="builtin:quality 1 on cpu"),
             ),
+        ),
+    ),
+)  # fmt: skip
+
+COMPARISON = Comparison(
+    a=Side(
+        name="default", images=1000, alone=4, queue_seconds=Seconds(0.0031, 0.0192),
+        decode_seconds=Seconds(0.0048, 0.0113), forward_seconds=Seconds(0.0215, 0.0447), batch_size=6.2,
+        forward_seconds_per_image=0.0034, devices={"cpu": 996},
+    ),
+    b=Side(
+        name="wildlife@4", images=996, alone=0, queue_seconds=Seconds(0.0102, 0.0711),
+        decode_seconds=Seconds(0.0047, 0.0115), forward_seconds=Seconds(0.1302, 0.2544), batch_size=11.8,
+        forward_seconds_per_image=0.011, devices={"cpu": 996},
+    ),
+    both=996,
+    outcomes=(Outcomes("predicted", "predicted", 996), Outcomes("predicted", "dead_lettered", 4)),
+    models=(
+        Agreement(
+            task="classify", images=996, a="torchvision:resnet18 5c1f09f4be11",
+            b="torchvision:resnet50 11ad3fa68b90",
+            same_label=0.912, score_difference=0.081, score_difference_p99=0.43,
+            disagreements=(LabelPair(a="red fox", b="kit fox", images=12, example=_ID),),
         ),
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models over HTTP: what runs where, another version, the history.
+"""Models over HTTP: what runs where, another version, the history, two deployments side by side.
 
 Only what cannot run code is activated here: whoever has an API key may choose between weights, and not what a
 worker executes. Files are put into the object store by the command line alone.
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Request
+from pydantic import AwareDatetime
 from starlette.responses import Response
 
 from gateway import examples
@@ -19,6 +20,7 @@ from gateway.predictions import Prefer, bounded, wait_seconds
 from gateway.problems import Problem, responses
 from gateway.views import JSONResponse, describe
 from pipeline import registry
+from pipeline.comparison import Comparison, SideName
 from pipeline.deployments import DeploymentView, Registry, check_models
 from pipeline.errors import ConfigurationError, DependencyError
 from pipeline.registry import Follower
@@ -27,6 +29,9 @@ from pipeline.results import ModelVersion
 MAX_BODY_BYTES = 64 * 1024
 # Until this gateway itself has read what it has published.
 READ_BACK_SECONDS = 5.0
+# They took 0.7 s, in pieces of a thousand between which other requests are answered.
+MAX_COMPARED = 10_000
+COMPARE_SECONDS = 30.0
 
 _DEPLOYMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _REFUSED = (
@@ -157,6 +162,39 @@ async def get_history(
     if not versions and before is None:
         raise _unknown()
     return JSONResponse(History(deployment, tuple(versions)))
+
+
+@router.get(
+    "/v1/compare",
+    responses=describe(200, Comparison, "How they compare.", examples.COMPARISON)
+    | responses("unauthorized", "invalid_request", "dependency"),
+    summary="Two deployments side by side",
+)
+async def get_comparison(
+    request: Request,
+    a: Annotated[
+        str, Query(max_length=100, description="A deployment, or a revision of its models: `default@3`.")
+    ],
+    b: Annotated[str, Query(max_length=100, description="Another one.")],
+    since: Annotated[
+        AwareDatetime | None, Query(description="Only results stored then or later (RFC 3339).")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_COMPARED, description="Latest so many results of `a`.")] = 1000,
+) -> Response:
+    """Compare two deployments on the images that both have seen: agreement, latency, cost.
+
+    `both` is 0 where there is no such image. `millrace compare` looks at more than this does.
+    """
+    try:
+        one, other = SideName.parse(a), SideName.parse(b)
+    except ValueError as error:
+        raise Problem("invalid_request", f"a, b: {error}.") from None
+    if one == other:
+        raise Problem("invalid_request", f"a, b: both are {one}.")
+    database = request.app.state.database
+    return JSONResponse(
+        await bounded(database.compare(one, other, since=since, limit=limit), COMPARE_SECONDS)
+    )
 
 
 def _known(request: Request) -> Registry:

@@ -1,4 +1,4 @@
-"""The commands that ask about images: search, trace."""
+"""The commands that ask about images and results: search, trace, compare."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,6 +81,48 @@ def trace(
         from millrace import tracing
 
         return asyncio.run(tracing.show_trace(settings, image_id, as_json))
+
+    run(body)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A deployment, or a revision of its models: default@3.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="TIME|7d", help="Only results stored since then.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Latest so many results of A; none: 100,000.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two deployments on the images that both have seen: agreement, latency, cost.
+
+    From the database. Exit 1 if there is no image that both have predicted.
+    """
+    from millrace import comparing
+    from pipeline.comparison import DEFAULT_LIMIT, SideName
+
+    try:
+        sides = SideName.parse(a), SideName.parse(b)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="A, B") from None
+    if sides[0] == sides[1]:
+        hint = f"two deployments, or two revisions of one, such as {a}@3 and {a}@4"
+        raise typer.BadParameter(f"{a} is the same as {b}: name {hint}", param_hint="A, B")
+    start = _moment(since, "--since")
+
+    def body(settings: "Settings") -> int:
+        import asyncio
+        from datetime import datetime
+
+        moment = None if start is None else datetime.fromisoformat(start)
+        return asyncio.run(
+            comparing.show_comparison(settings, *sides, moment, limit or DEFAULT_LIMIT, as_json)
+        )
 
     run(body)
 

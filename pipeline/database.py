@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from pipeline import search, writes
+from pipeline import comparison, search, writes
+from pipeline.comparison import Comparison, SideName
 from pipeline.deadletters import DeadLetter
 from pipeline.deployments import Desired, Status
 from pipeline.errors import DependencyError
@@ -187,6 +188,18 @@ class Database:
         return await search.nearest(
             self._pool, space, numbers, deployment, filters, mode=mode, limit=limit, after=after
         )
+
+    async def compare(
+        self,
+        a: SideName,
+        b: SideName,
+        *,
+        since: datetime | None = None,
+        limit: int = comparison.DEFAULT_LIMIT,
+    ) -> Comparison:
+        """Compare two deployments on the images that both have seen; see `pipeline/comparison.py`."""
+        groups = tuple(f"{self._topic_prefix}predict.{side.deployment}" for side in (a, b))
+        return await comparison.compare(self._pool, a, b, (groups[0], groups[1]), since=since, limit=limit)
 
     async def embeddings(self, prediction_id: str) -> dict[str, list[float]]:
         """Return a prediction's vectors by model."""

@@ -168,3 +168,19 @@ async def test_results_of_older_models_are_shown_when_asked_for(gateway: Gateway
         assert (shown["id"], shown["revision"]) == ("cat-2", 4)
         every = (await gateway.http.get(path, params={"all": "true"})).json()["predictions"]
         assert [each.get("revision", 0) for each in every] == [0, 4]
+
+
+async def test_two_deployments_side_by_side(gateway: Gateway, settings: Settings) -> None:
+    """The comparison of the command line is there over HTTP; what cannot be compared is refused."""
+    database = await Database.open(settings)
+    await database.save([prediction("a"), prediction("a", deployment="other"), prediction("b")], [])
+    await database.close()
+    found = (await gateway.http.get("/v1/compare", params={"a": "default", "b": "other"})).json()
+    assert (found["both"], found["a"]["images"], found["a"]["alone"]) == (1, 2, 1)
+    (embedder,) = found["models"]
+    assert (embedder["task"], embedder["cosine"]) == ("embed", 1.0)
+    nothing = (await gateway.http.get("/v1/compare", params={"a": "default", "b": "default@7"})).json()
+    assert (nothing["both"], nothing["b"]["images"]) == (0, 0)
+    for wrong in ({"a": "default", "b": "default"}, {"a": "De fault", "b": "other"}, {"a": "default"}):
+        answer = await gateway.http.get("/v1/compare", params=wrong)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
