@@ -38,6 +38,7 @@ STEPS = {
     "predict": "agents.predict:Predict",
     "store": "agents.store:Store",
     "archive": "agents.archive:Archive",
+    "record": "agents.record:Record",
 }
 
 # Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.

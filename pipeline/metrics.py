@@ -105,6 +105,11 @@ SAMPLES_DROPPED = Counter(
     "GPU samples, or values of samples, that were left out, by reason.",
     ["step", "reason"],
 )
+ALERT_STEPS = Counter(
+    "millrace_alert_steps",
+    "Alerts that became pending, firing or resolved, by severity.",
+    ["state", "severity"],
+)
 
 # Gateway
 UPLOADS = Counter("millrace_uploads", "Uploads, by lane and HTTP status.", ["lane", "status"])

@@ -189,6 +189,16 @@ class Settings(BaseSettings):
         description="`millrace retention` deletes images, results, dead letters and objects older than this.",
     )
 
+    sample_retention_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        14.0, description="`record` drops the samples of days older than this."
+    )
+    minute_retention_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        60.0, description="`record` drops the one-minute roll-ups of months older than this."
+    )
+    hour_retention_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
+        400.0, description="`record` drops the one-hour roll-ups of months older than this."
+    )
+
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level that is logged."
