@@ -36,7 +36,9 @@ class Gpu:
         )
         self.rows |= alerts.changed
         self.reconciled = alerts.reconciled
-        new: list[Step] = [(s.condition.rule, s.state, round((s.time - START) / MINUTE)) for s in alerts.steps]
+        new: list[Step] = [
+            (s.condition.rule, s.state, round((s.time - START) / MINUTE)) for s in alerts.steps
+        ]
         self.steps += new
         return new
 
