@@ -124,6 +124,7 @@ class ModuleModel:
             lambda batch: self._run(self._network, None, batch),
             lambda batch: self._run(network, dtype, batch),
             self._pictures,
+            self._device,
         ):
             return
         self._network, self._dtype = network, dtype

@@ -4,9 +4,10 @@ Fewer bits means autocast: matrix products and convolutions in bfloat16 or float
 The weights of those layers are converted once, where autocast alone converts them for every batch.
 """
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,16 +67,23 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def is_worthwhile(name: str, full: Run, fewer: Run, pictures: Callable[[int], Any]) -> bool:
-    """Whether `fewer` bits are faster here than `full`, and its outputs as good; `pictures(n)` draws a batch."""
+def is_worthwhile(
+    name: str, full: Run, fewer: Run, pictures: Callable[[int], Any], device: torch.device
+) -> bool:
+    """Whether `fewer` bits are faster here than `full`, and its outputs as good; `pictures(n)` draws a batch.
+
+    The two are timed in turns and the shortest of each counts, since a device may be at work for others
+    meanwhile: the models that these are to replace.
+    """
     one = pictures(1)
     full(one)
-    seconds = _seconds(full, one)
-    count = max(1, min(_TIMED_PICTURES, int(_TIMED_SECONDS / max(seconds, 1e-6))))
-    batch = pictures(count)
-    reference, other = full(batch), fewer(batch)
-    difference = disagreement(reference, other)
-    timings = [(_seconds(full, batch), _seconds(fewer, batch)) for _ in range(_TIMED_RUNS)]
+    with _clock(device) as clock:
+        seconds = _seconds(clock, full, one)
+        count = max(1, min(_TIMED_PICTURES, int(_TIMED_SECONDS / max(seconds, 1e-6))))
+        batch = pictures(count)
+        reference, other = full(batch), fewer(batch)
+        difference = disagreement(reference, other)
+        timings = [(_seconds(clock, full, batch), _seconds(clock, fewer, batch)) for _ in range(_TIMED_RUNS)]
     before, after = (min(column) for column in zip(*timings, strict=True))
     taken = difference <= 1 and after < before * WORTHWHILE
     _log.info(
@@ -137,10 +145,28 @@ def _disagreement(reference: Output, other: Output) -> float:
     return max(shares) if np.isfinite(shares).all() else float("inf")  # `max` passes over NaN
 
 
-def _seconds(run: Run, batch: Any) -> float:
-    started = time.perf_counter()
+@contextlib.contextmanager
+def _clock(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Yield what to time a device's work with.
+
+    On a CPU that is the time this thread was computing, all of it in this thread, so that neither decoding nor the
+    models at work count: in seconds of the wall a network beside them could look slower in fewer bits.
+    """
+    if device.type != "cpu":
+        yield time.perf_counter
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield time.thread_time
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds(clock: Callable[[], float], run: Run, batch: Any) -> float:
+    started = clock()
     run(batch)  # ends with a transfer to the host: what is on the device is done
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -1,6 +1,7 @@
 """What every network's model is made of: names taken apart, outputs read, precision chosen, tensors checked."""
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_fewer_bits_are_taken_only_if_faster_and_as_good(
     monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
     full: list[bool] = []
 
-    def seconds(run: Any, batch: Any) -> float:
+    def seconds(*_: Any) -> float:
         full.append(len(full) % 2 == 0)  # they are timed in turns, after one alone
         return 1.0 if len(full) == 1 else (1.0 if len(full) % 2 == 0 else speed)
 
@@ -201,6 +202,25 @@ def test_fewer_bits_are_taken_only_if_faster_and_as_good(
     found = model(Network(is_coarse=is_coarse), precision="auto")
     found.warm_up()
     assert found.precision == ("bfloat16" if taken else "float32")
+
+
+def test_a_busy_machine_does_not_decide_the_precision() -> None:
+    """What a pass waits for while others have the cores does not count: only what it computes does."""
+    pixels = torch.rand(200, 200)
+
+    def computing(products: int, waits: float) -> precision.Run:
+        def run(batch: Any) -> list[Output]:
+            time.sleep(waits)
+            for _ in range(products):
+                pixels @ pixels
+            return [Output(score=1.0)] * batch
+
+        return run
+
+    threads = torch.get_num_threads()
+    assert precision.is_worthwhile("less", computing(12, 0.0), computing(4, 0.01), lambda n: n, CPU)
+    assert not precision.is_worthwhile("more", computing(4, 0.01), computing(12, 0.0), lambda n: n, CPU)
+    assert torch.get_num_threads() == threads
 
 
 def test_what_is_not_finite_never_agrees() -> None:
