@@ -164,6 +164,11 @@ class Replica:
             yield desired.version
             if desired.predecessor is not None:
                 yield desired.predecessor
+        elif reason := self._follower.registry.unreadable.get(self._settings.deployment):
+            log.error(
+                "what models.v1 says cannot be read, MILLRACE_MODELS counts until another version is activated",
+                reason=reason,
+            )
         yield self._specified
 
     async def _try(self, version: Version, use: Use) -> Exception | None:

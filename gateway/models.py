@@ -44,10 +44,12 @@ router = APIRouter(tags=["models"], dependencies=[KeyRequired])
 Deployment = Annotated[str, Path(description="Name of a deployment, such as `default`.")]
 
 
-class Deployments(msgspec.Struct, frozen=True):
+class Deployments(msgspec.Struct, frozen=True, omit_defaults=True):
     """Every deployment that has a version or a replica."""
 
     deployments: tuple[DeploymentView, ...]
+    #: Deployments over whose version something was written that cannot be read, and why it cannot.
+    unreadable: dict[str, str] = {}
 
 
 class History(msgspec.Struct, frozen=True):
@@ -84,7 +86,8 @@ _ACTIVATION_BODY: dict[str, Any] = {
 async def get_deployments(request: Request) -> Response:
     """Return what each deployment should run, and what each of its replicas runs."""
     now = datetime.now(UTC)
-    return JSONResponse(Deployments(tuple(running.view(now) for running in _known(request))))
+    known = _known(request)
+    return JSONResponse(Deployments(tuple(running.view(now) for running in known), known.unreadable))
 
 
 @router.get(

@@ -154,6 +154,9 @@ def predictions_tail(
     ] = "latest",
     limit: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
     deployment: Annotated[str | None, typer.Option(help="Only this deployment's.")] = None,
+    queries: Annotated[
+        bool, typer.Option("--queries", help="Also those of pictures that were only searched with.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print predictions as they are published, until Ctrl-C."""
@@ -167,7 +170,8 @@ def predictions_tail(
     def body(settings: "Settings") -> int:
         import asyncio
 
-        return asyncio.run(results.tail(settings, start, limit, deployment, as_json))
+        wishes = results.TailWishes(limit, deployment, queries, as_json)
+        return asyncio.run(results.tail(settings, start, wishes))
 
     run(body)
 

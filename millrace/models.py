@@ -43,7 +43,11 @@ async def show_list(settings: Settings, deployment: str | None, as_json: bool) -
             emit(running.view(datetime.now(UTC)))
     elif found:
         _show(found)
-    if not found:
+    unreadable = {name: reason for name, reason in known.unreadable.items() if deployment in (None, name)}
+    for name, reason in unreadable.items():
+        runs = "the version before it counts" if known[name].desired else "MILLRACE_MODELS counts"
+        say(f"{name}: somebody wrote over its version: {reason}; {runs} until another is activated")
+    if not found and not unreadable:
         say(
             f"nothing is known of {deployment}"
             if deployment

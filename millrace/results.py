@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
@@ -116,9 +117,18 @@ def _says(result: events.ModelResult) -> str:
     return "  ".join(parts)
 
 
-async def tail(
-    settings: Settings, start: Start, limit: int | None, deployment: str | None, as_json: bool
-) -> int:
+@dataclass(frozen=True)
+class TailWishes:
+    """What `predictions tail` was told."""
+
+    limit: int | None = None
+    deployment: str | None = None
+    #: Also of pictures that somebody only searched with.
+    queries: bool = False
+    as_json: bool = False
+
+
+async def tail(settings: Settings, start: Start, wishes: TailWishes) -> int:
     """Print predictions as they are published, until cancelled or `limit` were printed.
 
     Raises:
@@ -126,7 +136,7 @@ async def tail(
     """
     reader = LiveReader(settings, [settings.topic(PREDICTIONS.name)], start=start, client_id="millrace-tail")
     await reader.start(wait=False)
-    printing = asyncio.create_task(_print(reader, limit, deployment, as_json))
+    printing = asyncio.create_task(_print(reader, wishes))
     closed = asyncio.create_task(stdout_closed())
     try:
         await asyncio.wait({printing, closed}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,22 +151,24 @@ async def tail(
         await reader.stop()
 
 
-async def _print(reader: LiveReader, limit: int | None, deployment: str | None, as_json: bool) -> None:
+async def _print(reader: LiveReader, wishes: TailWishes) -> None:
     printed = 0
     async for record in reader:
+        if events.is_query(record) and not wishes.queries:
+            continue
         try:
             prediction = events.decode_prediction(record)
         except ContractError as error:
             say(f"{record.default_id}: {error.message}")
             continue
-        if deployment not in (None, prediction.deployment):
+        if wishes.deployment not in (None, prediction.deployment):
             continue
-        if as_json:
+        if wishes.as_json:
             emit(prediction)
         else:
             show(line_of(prediction))
         printed += 1
-        if printed == limit:
+        if printed == wishes.limit:
             return
 
 

@@ -2,7 +2,8 @@
 
 A deployment's *desired* version is keyed by its name, what a replica runs by `<deployment>/<replica>`. The
 latest record of a key counts, whatever its number: it is the one that compaction leaves, so a replica that
-starts and one that has read along agree. Garbage is an error to the caller and changes nothing. No I/O.
+starts and one that has read along agree. Garbage is an error to the caller and changes no state; over a desired
+version it is kept in mind, because compaction will leave nothing else. No I/O.
 """
 
 import re
@@ -29,7 +30,8 @@ SILENT_SECONDS = 3 * REPORT_SECONDS + 5.0
 SOURCES = ("builtin", "torchvision", "timm", "hf", "file", "python")
 
 _TEXT = r"^[^\x00-\x1f\x7f]*$"
-Deployment = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+_DEPLOYMENT = r"^[a-z0-9][a-z0-9-]{0,62}$"
+Deployment = Annotated[str, msgspec.Meta(pattern=_DEPLOYMENT)]
 ReplicaName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Specification = Annotated[str, msgspec.Meta(pattern=_TEXT, min_length=1, max_length=1000)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -286,6 +288,8 @@ class Registry:
 
     def __init__(self) -> None:
         self._deployments: dict[str, Running] = {}
+        #: Deployments over whose desired version something was written that cannot be read, and why it cannot.
+        self.unreadable: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Running]:
         return iter(sorted(self._deployments.values(), key=lambda running: running.name))
@@ -301,10 +305,16 @@ class Registry:
         """Take a record in.
 
         Raises:
-            ContractError: it is garbage; the state is as before.
+            ContractError: it is garbage; the state is as before, but for `unreadable`.
         """
-        value = decode(record)
         key = (record.key or b"").decode("utf-8", "replace")
+        try:
+            value = decode(record)
+        except ContractError as error:
+            if re.fullmatch(_DEPLOYMENT, key):
+                self.unreadable[key] = error.message
+            raise
+        self.unreadable.pop(key, None)
         name, is_status, replica = key.partition("/")
         running = self._deployments.setdefault(name, Running(name))
         if isinstance(value, Desired):

@@ -288,7 +288,7 @@ def only_group(record: Record) -> str | None:
 
 
 def is_query(record: Record) -> bool:
-    """Whether the record is a picture that is only searched with, or its dead letter; never raises."""
+    """Whether the record is a picture that is only searched with, or what became of it; never raises."""
     return record.header("ce_purpose") == QUERY.encode()
 
 

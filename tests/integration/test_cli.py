@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from loadtest.images import draw
@@ -294,16 +295,19 @@ def test_an_image_is_looked_up_and_waited_for(millrace: Millrace) -> None:
 def test_tail_prints_predictions_until_interrupted(millrace: Millrace) -> None:
     """`predictions tail` prints each as a line; Ctrl-C ends it with 130, a reader that goes away with 141."""
 
-    async def publish(number: int) -> None:
+    async def publish(number: int, **changes: Any) -> None:
         publisher = broker.Publisher(millrace.settings, client_id="test")
         await publisher.start()
-        encoded = events.encode_prediction(prediction(f"cat-{number}"))
+        said = msgspec.structs.replace(prediction(f"cat-{number}"), **changes)
+        encoded = events.encode_prediction(said)
         await publisher.publish(millrace.settings.topic(PREDICTIONS.name), encoded)
         await publisher.stop()
 
+    run_apart(publish(0, purpose=events.QUERY))  # somebody searched with a picture
     run_apart(publish(1))
-    ran = millrace("predictions", "tail", "--from", "earliest", "--limit", "1", "--json")
-    assert (ran.code, ran.lines[0]["image_id"]) == (0, "cat-1")
+    for option, first in (((), "cat-1"), (("--queries",), "cat-0")):
+        ran = millrace("predictions", "tail", "--from", "earliest", "--limit", "1", "--json", *option)
+        assert (ran.code, ran.lines[0]["image_id"]) == (0, first)
     for ends in ("interrupted", "reader gone"):
         tail = millrace.start("predictions", "tail", "--from", "earliest")
         assert tail.stdout is not None

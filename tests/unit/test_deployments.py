@@ -137,6 +137,28 @@ def test_a_replica_that_ended_is_forgotten() -> None:
     assert "default" not in registry
 
 
+def test_garbage_over_a_version_is_kept_in_mind() -> None:
+    """What is written over a version is told until another is there; the readable one counts while it is kept."""
+    garbage = record(Outgoing(b"default", b"{", ()))
+    read_along, started_later = Registry(), Registry()
+    read_along.apply(record(deployments.encode(desired(1))))
+    for registry in (read_along, started_later):
+        with pytest.raises(ContractError):
+            registry.apply(garbage)
+        with pytest.raises(ContractError):
+            registry.apply(record(Outgoing(b"Not A Name", b"{", ())))
+        assert list(registry.unreadable) == ["default"]
+        assert "not a record of models.v1" in registry.unreadable["default"]
+    assert read_along["default"].revision == 1
+    assert started_later["default"].desired is None
+    for registry, healing in (
+        (read_along, deployments.encode(desired(2))),
+        (started_later, deployments.tombstone("default")),
+    ):
+        registry.apply(record(healing))
+        assert registry.unreadable == {}
+
+
 REFUSES_2 = status("a", revision=1, refused=Refusal(2, "no", NOW))
 
 
