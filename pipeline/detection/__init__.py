@@ -1,0 +1,14 @@
+"""Detection: samples of GPUs become closed windows with aggregates, scores and the conditions that hold.
+
+    Samples -> watch.py (whose window, which rows) -> aggregates.py (numbers of each GPU over the window)
+            -> score.py (peers, history, rules: one batched torch pass over all GPUs that close together)
+            -> describe.py (conditions in words) -> Windows
+
+It knows neither Kafka nor a clock: everything follows from the samples, in their order, and from the state that
+the last window of a key carries. The same samples give the same windows, number for number.
+"""
+
+from pipeline.detection.rules import RuleBook, load_rules
+from pipeline.detection.watch import Closed, Watch, WatchOptions, close_all
+
+__all__ = ["Closed", "RuleBook", "Watch", "WatchOptions", "close_all", "load_rules"]

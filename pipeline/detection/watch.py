@@ -1,0 +1,392 @@
+"""Which samples make a window, and when it closes: for all keys of one partition.
+
+A key's clock is the latest time any of its samples had (its watermark). A window closes when the clock has passed
+its end by the lateness that is allowed, when the key is silent, or when too much is held; what comes for it after
+that is late. All of it follows from the records in their order and from the times Kafka gave them, so that a
+second reading closes the same windows with the same samples. Not thread-safe.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.detection import describe
+from pipeline.detection.aggregates import Chunk, Integers, aggregate
+from pipeline.detection.plan import MICROSECONDS, Plan, microseconds, moment
+from pipeline.detection.roster import Member, OpenWindow, Roster, XidEvent
+from pipeline.detection.rules import RuleBook
+from pipeline.detection.score import Given, score
+from pipeline.telemetry import Sample, Samples, Windows
+
+Cause = Literal["watermark", "silence", "pressure"]
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """How samples become windows."""
+
+    window_seconds: float = 60.0
+    #: How long after a window's end, by the key's own clock, its samples may come.
+    lateness_seconds: float = 20.0
+    #: A key of which nothing came for so long, by Kafka's clock, is silent: its windows close.
+    silence_seconds: float = 120.0
+    #: A key that was silent for so long is forgotten: its GPUs begin anew.
+    forget_key_seconds: float = 3600.0
+    #: More samples of one partition are not held: the oldest windows close before their time.
+    max_samples: int = 500_000
+
+
+@dataclass(eq=False)
+class Closing:
+    """A window that takes no more samples, with what was known of its GPUs at that moment."""
+
+    roster: Roster
+    window: OpenWindow
+    cause: Cause
+    rows: list[int]
+    hosts: list[int]
+    members: list[Member]
+    xids: dict[int, dict[int, tuple[int, int]]]
+
+    @property
+    def end(self) -> int:
+        """Its end in microseconds."""
+        return self.window.start + self.roster.plan.window
+
+
+@dataclass(eq=False)
+class Closed:
+    """A closed window as it is published, and the records whose samples are in it."""
+
+    windows: Windows
+    tokens: list[Hashable]
+    cause: Cause
+    roster: Roster
+
+
+@dataclass
+class Fed:
+    """What one record did."""
+
+    closings: list[Closing] = field(default_factory=list)
+    #: XID errors, to be published at once.
+    events: list[Windows] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    #: How many open windows hold samples of it; with none it can be finished.
+    windows: int = 0
+
+
+class Watch:
+    """One partition."""
+
+    def __init__(self, book: RuleBook, options: WatchOptions | None = None) -> None:
+        self.options = options or WatchOptions()
+        self.plan = Plan(book, self.options.window_seconds)
+        self.rosters: dict[str, Roster] = {}
+        #: When keys were last heard of, by Kafka's clock; the one that was not heard of for longest is first.
+        self._active: OrderedDict[str, int] = OrderedDict()
+        self._dormant: OrderedDict[str, int] = OrderedDict()
+        self.held_samples = 0
+        self._clock_ms = 0
+        self._lateness = round(self.options.lateness_seconds * MICROSECONDS)
+        #: Open windows in the order in which they were begun.
+        self._begun: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._columns: dict[tuple[str, ...], tuple[Integers, Integers]] = {}
+
+    def restore(self, windows: Iterable[Windows]) -> None:
+        """Take up the state that a key's last complete window carries (all its parts)."""
+        for part in windows:
+            if part.is_event:
+                continue
+            roster = self.rosters.get(part.key)
+            if roster is None:
+                roster = self.rosters[part.key] = Roster(self.plan, part.key)
+            self._active[part.key] = self._clock_ms
+            roster.closed_until = max(microseconds(part.end), roster.closed_until or 0)
+            roster.watermark = max(roster.watermark or 0, roster.closed_until)
+            describe.restore(roster, part)
+
+    def feed(self, token: Hashable, key: str, samples: Samples, published_ms: int) -> Fed:
+        """Add a record's samples to its key's windows, and close what can take no more."""
+        fed = Fed()
+        self._clock_ms = max(self._clock_ms, published_ms)
+        roster = self.rosters.get(key)
+        if roster is None:
+            roster = self.rosters[key] = Roster(self.plan, key)
+        self._dormant.pop(key, None)
+        self._active[key] = self._clock_ms
+        self._active.move_to_end(key)
+        latest = self._add(roster, token, samples, fed)
+        if latest is not None:
+            roster.watermark = max(latest, roster.watermark or latest)
+            self._close_until(roster, self._closable(roster.watermark), "watermark", fed.closings)
+        self._close_quiet(fed.closings)
+        while self.held_samples > self.options.max_samples:
+            oldest, start = next(iter(self._begun))
+            self._close_until(self.rosters[oldest], start + self.plan.window, "pressure", fed.closings)
+        fed.windows = sum(token in window.tokens for window in roster.open.values())
+        return fed
+
+    @property
+    def open_keys(self) -> set[str]:
+        """Keys with an open window."""
+        return {key for key, _ in self._begun}
+
+    def close_silent(self, keys: Iterable[str]) -> list[Closing]:
+        """Close all windows of keys that are known to be silent."""
+        closings: list[Closing] = []
+        for key in keys:
+            if (roster := self.rosters.get(key)) is not None and roster.open:
+                self._close_until(roster, max(roster.open) + self.plan.window, "silence", closings)
+        return closings
+
+    # Inside
+
+    def _closable(self, watermark: int) -> int:
+        """Return the end of the last window that a clock lets close."""
+        return (watermark - self._lateness) // self.plan.window * self.plan.window
+
+    def _add(self, roster: Roster, token: Hashable, samples: Samples, fed: Fed) -> int | None:
+        """Put samples into windows; return the latest time of those that were not left out."""
+        given = samples.samples
+        times = np.rint(np.array([s.time.timestamp() for s in given]) * 1e6).astype(np.int64)
+        forget = round(self.options.forget_key_seconds * MICROSECONDS)
+        if roster.closed_until is not None and not roster.open and times.min() - roster.closed_until > forget:
+            roster.restart()
+        rows = roster.rows((s.gpu_uuid for s in given), samples.host, int(times.max()))
+        if samples.gpus:
+            roster.describe(samples.gpus)
+        starts = times // self.plan.window * self.plan.window
+        taken = np.ones(len(given), np.bool_)
+        if roster.closed_until is not None:
+            taken = starts >= roster.closed_until
+            fed.dropped["late"] += int(len(given) - taken.sum())
+        self._check_hosts(roster, samples.host, rows, starts, taken, fed)
+        np.maximum.at(roster.last_seen, rows, times)
+        for start in np.unique(starts[taken]):
+            window = self._open(roster, int(start))
+            window.tokens[token] = None
+            chosen = np.flatnonzero(taken & (starts == start))
+            window.samples += len(chosen)
+            self.held_samples += len(chosen)
+            self._add_chunks(window, given, chosen, rows, times)
+        self._add_events(roster, given, rows, times, starts, taken, fed)
+        return int(times[taken].max()) if taken.any() else None
+
+    def _open(self, roster: Roster, start: int) -> OpenWindow:
+        window = roster.open.get(start)
+        if window is None:
+            window = roster.open[start] = OpenWindow(start)
+            self._begun[roster.key, start] = None
+        return window
+
+    def _check_hosts(
+        self, roster: Roster, host: str, rows: Integers, starts: Integers, taken: NDArray[np.bool_], fed: Fed
+    ) -> None:
+        """Leave out what a second host says of the same GPU within a window; later the GPU may have moved."""
+        number = roster.host_number(host)
+        if all(roster.hosts[row] == number for row in rows.tolist()):
+            return
+        for place, (row, start) in enumerate(zip(rows.tolist(), starts.tolist(), strict=True)):
+            if roster.hosts[row] == number:
+                continue
+            if taken[place] and roster.last_seen[row] >= start:
+                taken[place] = False
+                fed.dropped["duplicate_uuid"] += 1
+            elif taken[place]:
+                roster.move(row, host)
+
+    def _add_chunks(
+        self, window: OpenWindow, given: Sequence[Sample], chosen: Integers, rows: Integers, times: Integers
+    ) -> None:
+        """Turn samples into columns, one chunk for those that have the same fields."""
+        groups: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+        names: tuple[str, ...] | None = None
+        places: list[int] = []
+        flat: list[float] = []
+        for place in chosen.tolist():
+            values = given[place].values
+            if (found := tuple(values)) != names:
+                names = found
+                places, flat = groups.setdefault(names, ([], []))
+            places.append(place)
+            flat.extend(values.values())
+        for fields, (places, flat) in groups.items():
+            columns, kept = self._columns_of(fields)
+            matrix = np.array(flat).reshape(len(places), len(fields))
+            if len(kept) < len(fields):
+                matrix = matrix[:, kept]
+            at = np.array(places, np.int64)
+            window.chunks.append(Chunk(rows[at], times[at], columns, matrix))
+
+    def _columns_of(self, names: tuple[str, ...]) -> tuple[Integers, Integers]:
+        """Return the columns that names lead to, and which of the names have one."""
+        found = self._columns.get(names)
+        if found is None:
+            if len(self._columns) >= 1024:  # publishers that never repeat themselves
+                self._columns.clear()
+            kept = [place for place, name in enumerate(names) if name in self.plan.column]
+            columns = self.plan.columns_of(tuple(names[place] for place in kept))
+            found = self._columns[names] = (columns, np.array(kept, np.int64))
+        return found
+
+    def _add_events(
+        self, roster: Roster, given: Sequence[Sample], rows: Integers, times: Integers, starts: Integers,
+        taken: NDArray[np.bool_], fed: Fed,
+    ) -> None:  # fmt: skip
+        for place, sample in enumerate(given):
+            if sample.state == "lost" and taken[place]:
+                roster.open[int(starts[place])].lost.append((int(rows[place]), int(times[place])))
+            if sample.xids:
+                self._add_xids(roster, sample, int(rows[place]), int(times[place]), int(starts[place]), fed)
+
+    def _add_xids(self, roster: Roster, sample: Sample, row: int, time: int, start: int, fed: Fed) -> None:
+        event = describe.xid_event(roster, row, time, sample.xids)
+        if event is not None:
+            fed.events.append(event)
+        window = roster.open.get(start)
+        if window is not None:
+            window.xids.extend(XidEvent(time, row, code) for code in sample.xids)
+
+    def _close_quiet(self, closings: list[Closing]) -> None:
+        """Close what keys hold that were not heard of for long by Kafka's clock, then forget them."""
+        quiet_ms, forget_ms = (
+            1000 * s for s in (self.options.silence_seconds, 2 * self.options.forget_key_seconds)
+        )
+        while self._active:
+            key, heard_ms = next(iter(self._active.items()))
+            if self._clock_ms - heard_ms <= quiet_ms:
+                break
+            closings.extend(self.close_silent([key]))
+            del self._active[key]
+            self._dormant[key] = heard_ms
+        while self._dormant:
+            key, heard_ms = next(iter(self._dormant.items()))
+            if self._clock_ms - heard_ms <= forget_ms:
+                break
+            del self._dormant[key], self.rosters[key]
+
+    def _close_until(self, roster: Roster, until: int, cause: Cause, closings: list[Closing]) -> None:
+        """Close all windows of a key that end by then."""
+        if roster.closed_until is not None and until <= roster.closed_until:
+            return
+        roster.closed_until = until
+        for start in sorted(start for start in roster.open if start + self.plan.window <= until):
+            window = roster.open.pop(start)
+            del self._begun[roster.key, start]
+            self.held_samples -= window.samples
+            closings.append(self._closing(roster, window, cause))
+
+    def _closing(self, roster: Roster, window: OpenWindow, cause: Cause) -> Closing:
+        """Note what is known now: by the time the window is scored, later records may have come."""
+        forget_seconds = self.plan.book.comparison.forget_seconds
+        roster.forget(window.start - round(forget_seconds * MICROSECONDS))
+        roster.hold(window.xids)
+        rows = [row for row, member in enumerate(roster.members) if member is not None]
+        members = [member for member in roster.members if member is not None]
+        hosts = [roster.hosts[row] for row in rows]
+        return Closing(
+            roster, window, cause, rows, hosts, members, roster.holding(window.start + self.plan.window)
+        )
+
+
+def close_all(closings: Sequence[Closing], device: torch.device = _CPU) -> list[list[Closed]]:
+    """Score windows that take no more samples, as few passes as there are windows of one key.
+
+    Each inner list is to be published, in any order, before the next: they follow each other in their keys.
+    """
+    rounds: list[list[Closing]] = []
+    depth: Counter[int] = Counter()
+    for closing in closings:
+        number = depth[id(closing.roster)]
+        depth[id(closing.roster)] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(closing)
+    return [_close(together, device) for together in rounds]
+
+
+def _close(closings: Sequence[Closing], device: torch.device) -> list[Closed]:
+    plan = closings[0].roster.plan
+    sizes = [len(closing.rows) for closing in closings]
+    offsets = np.r_[0, np.cumsum(sizes)]
+    chunks: list[Chunk] = []
+    for closing, offset in zip(closings, offsets[:-1].tolist(), strict=True):
+        place = np.full(len(closing.roster.members), -1, np.int64)
+        place[closing.rows] = np.arange(len(closing.rows)) + offset
+        chunks += [Chunk(place[c.rows], c.times, c.columns, c.values) for c in closing.window.chunks]
+    state = np.concatenate([closing.roster.state[closing.rows] for closing in closings])
+    found = aggregate(plan, int(offsets[-1]), chunks, state[:, plan.layout.carried])
+    given = Given(
+        state=state,
+        groups=_groups(closings),
+        starts=np.repeat([closing.window.start for closing in closings], sizes),
+        ends=np.repeat([closing.end for closing in closings], sizes),
+        assigned=np.array([m.is_assigned for closing in closings for m in closing.members], np.bool_),
+        lost=np.concatenate(
+            [
+                _lost(closing, found.samples[a:b], found.last_time[a:b])
+                for closing, a, b in zip(closings, offsets[:-1], offsets[1:], strict=True)
+            ]
+        ),
+    )
+    scored = score(plan, found, given, device)
+    texts = describe.Describer(plan, found, scored, given)
+    closed = []
+    for closing, a, b in zip(closings, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        roster = closing.roster
+        roster.state[closing.rows] = scored.state[a:b]
+        _hold_changes(
+            closing, [(row - a, time, code) for row, time, code in found.xid_changes if a <= row < b]
+        )
+        gpus = texts.gpus(
+            roster, closing.members, closing.rows, a, closing.end, closing.xids, closing.window.xids
+        )
+        windows = Windows(
+            key=roster.key, start=moment(closing.window.start), end=moment(closing.end), gpus=gpus,
+            rules_version=plan.book.version,
+        )  # fmt: skip
+        closed.append(Closed(windows, list(closing.window.tokens), closing.cause, roster))
+    return closed
+
+
+def _hold_changes(closing: Closing, changes: Sequence[tuple[int, int, int]]) -> None:
+    """Count a last XID that became another one as an error of its moment."""
+    if changes:
+        events = [XidEvent(time, closing.rows[row], code) for row, time, code in changes]
+        closing.roster.hold(events)
+        closing.window.xids.extend(events)
+        closing.xids = closing.roster.holding(closing.end)
+
+
+def _groups(closings: Sequence[Closing]) -> Integers:
+    """Number the groups of peers: same key, same model, and parts of GPUs apart from whole ones."""
+    numbers: dict[tuple[int, str | None, bool], int] = {}
+    return np.array(
+        [
+            numbers.setdefault((place, member.model, member.is_instance), len(numbers))
+            for place, closing in enumerate(closings)
+            for member in closing.members
+        ],
+        np.int64,
+    )
+
+
+def _lost(closing: Closing, samples: Integers, last_time: Integers) -> NDArray[np.float64]:
+    """Say which GPUs are lost: by their driver, or silent while others of their host are not."""
+    hosts = np.array(closing.hosts, np.int64)
+    present = samples > 0
+    heard = np.isin(hosts, hosts[present])
+    lost = np.where(present, 0.0, np.where(heard, 1.0, np.nan))
+    place = {row: number for number, row in enumerate(closing.rows)}
+    for row, time in closing.window.lost:
+        number = place[row]
+        if time >= last_time[number]:
+            lost[number] = 1.0
+    return lost

@@ -1,0 +1,348 @@
+"""Detection: samples to windows, and windows to conditions that hold."""
+
+import random
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.detection import RuleBook, Watch, WatchOptions, close_all, load_rules
+from pipeline.errors import ConfigurationError
+from pipeline.telemetry import Gpu, Sample, Samples, Windows
+from tests.support.gpus import START, Fault, by_gpu, conditions, feed, record, uuid
+
+BOOK = load_rules()
+MINUTES = 30
+
+
+def rules_of(fault: Fault, minutes: int = MINUTES, **options: float) -> dict[str, dict[str, int]]:
+    """Return, by GPU, which rules fire and from which minute on."""
+    watch = Watch(BOOK, WatchOptions(**options))  # type: ignore[arg-type]
+    found: dict[str, dict[str, int]] = {}
+    for minute, gpu, condition in conditions(
+        feed(watch, (record(s, fault) for s in range(0, minutes * 60, 10)))
+    ):
+        if condition.state == "firing":
+            found.setdefault(gpu, {}).setdefault(condition.rule, minute)
+    return found
+
+
+def faulty(since: float, values: Mapping[str, float], gpu: int = 3) -> Fault:
+    """One GPU of eight measures other values from a moment on."""
+    return lambda number, at: values if number == gpu and at >= since else {}
+
+
+def grows(name: str, since: float, per_minute: float, first: float = 0.0, gpu: int = 3) -> Fault:
+    """A value of one GPU grows from a moment on."""
+    return lambda number, at: {
+        name: first + (max(0.0, at - since) / 60 * per_minute if number == gpu else 0.0)
+    }
+
+
+@pytest.mark.parametrize(
+    ("fault", "rule", "minute"),
+    [
+        (faulty(600, {"temperature_margin_celsius": 1.0}), "thermal_margin", 11),
+        (faulty(600, {"memory_temperature_celsius": 99.0}), "memory_temperature", 11),
+        (faulty(600, {"temperature_celsius": 84.0}), "temperature_peers", 11),
+        (faulty(600, {"clock_event_reasons": 64.0}), "clock_throttle", 11),
+        (faulty(600, {"power_limit_watts": 400.0}), "power_cap", 11),
+        (faulty(600, {"power_watts": 300.0}), "power_anomaly", 12),
+        (faulty(600, {"sm_clock_mhz": 1200.0}), "straggler", 11),
+        (faulty(600, {"utilization_percent": 60.0}), "straggler", 11),
+        (faulty(600, {"utilization_percent": 0.0}), "idle_waste", 24),
+        (faulty(600, {"row_remap_pending": 1.0}), "row_remap_pending", 10),
+        (faulty(600, {"ecc_uncorrected_volatile": 1.0}), "ecc_uncorrected", 10),
+        (grows("ecc_corrected_volatile", 600, 6.0), "ecc_corrected", 11),
+        (grows("nvlink_replays", 600, 20.0), "nvlink_errors", 10),
+        (grows("pcie_replays", 600, 20.0), "pcie_replays", 10),
+        (grows("memory_used_mebibytes", 600, 500.0, first=60_000), "memory_leak", 16),
+        (lambda gpu, at: None if gpu == 3 and at >= 600 else {}, "gpu_lost", 11),
+    ],
+)  # fmt: skip
+def test_a_fault_raises_its_rule_on_its_gpu_alone(fault: Fault, rule: str, minute: int) -> None:
+    """Each fault fires its rule in time, and nothing on the other GPUs."""
+    found = rules_of(fault)
+    assert found.keys() == {uuid(3)}
+    assert found[uuid(3)][rule] == minute
+
+
+def test_a_healthy_host_raises_nothing() -> None:
+    """With noise and harmless clock events no condition holds, not even a pending one."""
+    bits = [0x1, 0x2, 0x4, 0x100]
+    closed = feed(
+        Watch(BOOK),
+        (
+            record(s, lambda g, at: {"clock_event_reasons": float(bits[(g + int(at)) % 4])})
+            for s in range(0, 3600, 10)
+        ),
+    )
+    assert len(closed) == 59
+    assert conditions(closed) == []
+
+
+def test_a_condition_ends_beyond_its_clear_limit() -> None:
+    """Between limit and clear limit a condition goes on, and it ends once, with one beginning."""
+    margins = {0: 25.0, 5: 2.0, 10: 5.0, 15: 7.0, 20: 5.0}
+
+    def fault(gpu: int, at: float) -> Mapping[str, float]:
+        margin = next(value for minute, value in reversed(margins.items()) if at >= minute * 60)
+        return {"temperature_margin_celsius": margin} if gpu == 3 else {}
+
+    held = conditions(feed(Watch(BOOK), (record(s, fault) for s in range(0, 1800, 10))))
+    assert [minute for minute, _, _ in held] == list(range(5, 15))
+    assert {condition.since for _, _, condition in held} == {START + timedelta(minutes=5)}
+    assert [condition.state for _, _, condition in held] == ["pending"] + 9 * ["firing"]
+
+
+def test_what_was_seen_is_said() -> None:
+    """A condition says value, limit, for how long, and what the peers have."""
+    held = conditions(
+        feed(Watch(BOOK), (record(s, faulty(0, {"temperature_celsius": 88.0})) for s in range(0, 240, 10)))
+    )
+    minute, gpu, condition = held[-1]
+    assert (minute, gpu, condition.rule, condition.state) == (2, uuid(3), "temperature_peers", "firing")
+    assert (condition.value, condition.limit, condition.field) == (88.0, 5.0, "temperature_celsius")
+    assert condition.peers is not None
+    assert condition.peers.count == 7
+    assert condition.message == (
+        f"88.0 C, much hotter than its peers, for 3 min; the median of 7 peers is {condition.peers.median:.6g} "
+        f"(score {condition.peers.score:.1f}, limit 5)"
+    )
+
+
+def test_few_gpus_are_not_compared() -> None:
+    """With fewer than four peers nobody is called strange."""
+    closed = feed(
+        Watch(BOOK),
+        (record(s, faulty(0, {"sm_clock_mhz": 900.0}), gpus=4) for s in range(0, 600, 10)),
+    )
+    assert all("peers" not in gpu.scores for gpu in by_gpu(closed).values())
+    assert conditions(closed) == []
+
+
+def test_counters_that_begin_again() -> None:
+    """After a reset a counter's increase is what it counted since; nothing negative, nothing huge."""
+
+    def fault(gpu: int, at: float) -> Mapping[str, float]:
+        return {"ecc_corrected_volatile": 500.0 if at < 300 else 2.0}
+
+    watch = Watch(BOOK)
+    assert conditions(feed(watch, (record(s, fault) for s in range(0, 900, 10)))) == []
+    roster = watch.rosters["node-1"]
+    hourly = roster.state[:, watch.plan.layout.hourly][:, watch.plan.counter["ecc_corrected_volatile"]]
+    assert 1.0 < hourly.min() <= hourly.max() <= 2.0
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_any_order_within_the_lateness_gives_the_same_windows(seed: int, host_count: int) -> None:
+    """Records delayed by less than the lateness, repeated or cut otherwise give the same windows to the digit."""
+    draw = random.Random(seed)
+    records = [record(s, gpus=3, every=5.0, count=2) for s in range(10, 260, 10)]
+    arrivals = sorted(
+        (samples.samples[-1].time.timestamp() + draw.uniform(0, 19), number)
+        for number, samples in enumerate(records)
+        for _ in range(draw.choice([1, 1, 2]))
+    )
+    options = WatchOptions(lateness_seconds=30.0)
+    straight = feed(Watch(BOOK, options), records)
+    mixed = feed(Watch(BOOK, options), [_cut(records[number], draw) for _, number in arrivals])
+    assert len(straight) == 3
+    assert by_gpu(mixed) == by_gpu(straight)
+
+
+def _cut(samples: Samples, draw: random.Random) -> Samples:
+    """Put a record's samples in another order."""
+    order = list(samples.samples)
+    draw.shuffle(order)
+    return msgspec.structs.replace(samples, samples=tuple(order))
+
+
+@given(st.integers(0, 10_000), st.integers(0, 5))
+@settings(max_examples=15, deadline=None)
+def test_state_that_is_read_back_continues_as_if_nothing_had_happened(cut: int, gpu: int) -> None:
+    """A worker that takes over anywhere, from published windows and unfinished records, publishes the same."""
+    records = [record(s, grows("ecc_corrected_volatile", 300, 3.0, gpu=gpu)) for s in range(0, 1200, 20)]
+    whole = feed(Watch(BOOK), records)
+    cut %= len(records)
+    first = Watch(BOOK)
+    before = feed(first, records[:cut])
+    second = Watch(BOOK)
+    if before:
+        value = msgspec.json.encode(before[-1].windows)
+        second.restore([msgspec.json.decode(value, type=Windows)])
+    unfinished = min(
+        (number for window in first.rosters["node-1"].open.values() for _, number in window.tokens), default=cut
+    ) if cut else 0  # fmt: skip
+    after = feed(second, records[unfinished:])
+    assert [msgspec.json.encode(w.windows) for w in before + after] == [
+        msgspec.json.encode(w.windows) for w in whole
+    ]
+
+
+def test_late_samples_are_counted_and_not_scored() -> None:
+    """What comes after its window closed changes nothing and is finished at once."""
+    watch = Watch(BOOK)
+    feed(watch, [record(s) for s in (0, 30, 60, 90)])
+    fed = watch.feed("late", "node-1", record(20), 0)
+    assert fed.dropped["late"] == 8
+    assert fed.windows == 0
+    assert fed.closings == []
+
+
+def test_a_record_that_spans_windows_is_held_until_the_last_closes() -> None:
+    """A record is part of every window that its samples are in."""
+    watch = Watch(BOOK)
+    fed = watch.feed("both", "node-1", record(70, count=3), 0)
+    assert fed.windows == 2
+    fed = watch.feed("next", "node-1", record(100), 0)
+    (first,) = fed.closings
+    assert list(first.window.tokens) == ["both"]
+    fed = watch.feed("last", "node-1", record(150), 0)
+    assert list(fed.closings[0].window.tokens) == ["both", "next"]
+
+
+def test_silent_keys_close() -> None:
+    """A key of which nothing came for long, by Kafka's clock, closes although its own clock stands still."""
+    watch = Watch(BOOK, WatchOptions(silence_seconds=60))
+    watch.feed(1, "node-1", record(10), 10_000)
+    assert watch.feed(2, "node-2", record(20, host="node-2"), 60_000).closings == []
+    fed = watch.feed(3, "node-2", record(30, host="node-2"), 71_000)
+    assert [(c.roster.key, c.cause) for c in fed.closings] == [("node-1", "silence")]
+    assert watch.open_keys == {"node-2"}
+    (closing,) = watch.close_silent(["node-1", "node-2", "unknown"])
+    assert closing.roster.key == "node-2"
+
+
+def test_pressure_closes_the_oldest() -> None:
+    """A key whose clock stands still does not fill the memory."""
+    watch = Watch(BOOK, WatchOptions(max_samples=100))
+    closings = [c for n in range(30) for c in watch.feed(n, "node-1", record(n % 7), 0).closings]
+    assert [c.cause for c in closings] == ["pressure"]
+    assert watch.held_samples <= 100
+
+
+def test_xids_are_told_at_once_and_hold() -> None:
+    """An XID error is a window of zero length, then a condition until its time is over; a repeat prolongs it."""
+    watch = Watch(BOOK)
+    samples = record(65)
+    xid = msgspec.structs.replace(samples.samples[3], xids=(31, 79))
+    fed = watch.feed(1, "node-1", msgspec.structs.replace(samples, samples=(xid, *samples.samples)), 0)
+    (event,) = fed.events
+    (gpu,) = event.gpus
+    assert event.is_event
+    assert (event.start, gpu.gpu_uuid, gpu.xids) == (START + timedelta(seconds=65), uuid(3), (31, 79))
+    (condition,) = gpu.conditions
+    assert (condition.rule, condition.state, condition.action) == ("xid_79", "firing", "restart_machine")
+    held = conditions(feed(watch, (record(s) for s in range(70, 2400, 10))))
+    assert {(minute, uuid_, c.rule) for minute, uuid_, c in held} == {
+        (minute, uuid(3), "xid_79") for minute in range(1, 31)
+    }
+    assert {c.since for _, _, c in held} == {condition.since}
+
+
+def test_benign_xids_raise_nothing() -> None:
+    """Errors of applications are noted in the window and alarm nobody."""
+    watch = Watch(BOOK)
+    sample = Sample(gpu_uuid="GPU-1", time=START, xids=(13, 31, 43, 45))
+    assert watch.feed(1, "k", Samples(host="h", samples=(sample,)), 0).events == []
+    (window,) = close_all(watch.close_silent(["k"]))[0]
+    assert window.windows.gpus[0].xids == (13, 31, 43, 45)
+    assert window.windows.gpus[0].conditions == ()
+
+
+def test_a_last_xid_that_changes_is_an_event_and_one_that_stays_is_none() -> None:
+    """DCGM's gauge of the last code says something when it changes, and nothing by standing there."""
+
+    def fault(gpu: int, at: float) -> Mapping[str, float]:
+        return {"last_xid": 48.0 if gpu == 3 and at >= 130 else 13.0}
+
+    held = conditions(feed(Watch(BOOK), (record(s, fault) for s in range(0, 600, 10))))
+    assert {(uuid_, c.rule, c.since) for _, uuid_, c in held} == {
+        (uuid(3), "xid_48", START + timedelta(seconds=130))
+    }
+
+
+def test_a_gpu_on_two_hosts() -> None:
+    """Within a window the first host is believed; later the GPU may have moved."""
+    watch = Watch(BOOK)
+    one, two = record(5, gpus=1), msgspec.structs.replace(record(6, gpus=1), host="node-9")
+    watch.feed(1, "job", one, 0)
+    assert watch.feed(2, "job", two, 0).dropped["duplicate_uuid"] == 1
+    moved = msgspec.structs.replace(record(150, gpus=1), host="node-9")
+    assert watch.feed(3, "job", moved, 0).dropped["duplicate_uuid"] == 0
+    assert [m.host for m in watch.rosters["job"].members if m] == ["node-9"]
+
+
+def test_other_models_are_no_peers() -> None:
+    """GPUs of another model, and parts of GPUs, are compared among themselves."""
+    watch = Watch(BOOK)
+    models = tuple(Gpu(gpu_uuid=uuid(g), model="A" if g < 6 else "B") for g in range(8))
+    closed = feed(watch, (msgspec.structs.replace(record(s), gpus=models) for s in range(0, 200, 10)))
+    scored = {gpu.gpu_uuid for gpu in by_gpu(closed).values() if "peers" in gpu.scores}
+    assert scored == {uuid(g) for g in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("version: 2\n", "Expected `str`"),
+        ("version: '2'\nrules: [{name: x}]", "missing required field"),
+        ("version: '2'\ndisable: [nothing]", "there is no rule nothing"),
+        ("version: '2'\ncomparison: {min_peers: 0}", "comparison"),
+        (": : :", "MILLRACE_RULES_FILE"),
+    ],
+)
+def test_a_wrong_rules_file(text: str, fault: str, tmp_path: Path) -> None:
+    """A mistake in an operator's file is told in one line."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=fault):
+        load_rules(path)
+
+
+@pytest.mark.parametrize(
+    ("clause", "fault"),
+    [
+        ("{field: power_watts}", "either above or below"),
+        ("{field: power_watts, above: 1, below: 2}", "either above or below"),
+        ("{field: power_watts, above: 1, clear: 2}", "wrong side"),
+        ("{field: power_watts, statistic: increase, above: 1}", "for counters"),
+        ("{field: clock_event_reasons, statistic: share, bits: [heat], above: 1}", "no bit heat"),
+        ("{field: fan_speed_percent, compare: peers, above: 1}", "needs a floor"),
+        ("{field: power_watts, statistic: median, above: 1}", "median"),
+    ],
+)
+def test_a_wrong_clause(clause: str, fault: str, tmp_path: Path) -> None:
+    """A clause that cannot be meant is refused with the rule's name."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        f"version: '2'\nrules: [{{name: mine, severity: info, when: [{clause}], message: m, action: a, "
+        "runbook: r, source: s}]"
+    )
+    with pytest.raises(ConfigurationError, match=fault):
+        load_rules(path)
+
+
+def test_an_operators_rule(tmp_path: Path) -> None:
+    """A rule of an operator's file applies, to fields of their own too, beside those that are built in."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        "version: '7'\ndisable: [straggler]\nrules: [{name: hot_inlet, severity: info, when: "
+        "[{field: inlet_celsius, above: 30}], message: '{value} C', action: inspect, runbook: r, source: us}]"
+    )
+    book: RuleBook = load_rules(path)
+    assert book.version.endswith("+7")
+    assert {rule.name for rule in book.rules} == {rule.name for rule in BOOK.rules} - {"straggler"} | {
+        "hot_inlet"
+    }
+    closed = feed(Watch(book), (record(s, faulty(0, {"inlet_celsius": 33.0})) for s in range(0, 120, 10)))
+    assert {(gpu, c.rule, c.message) for _, gpu, c in conditions(closed)} == {
+        (uuid(3), "hot_inlet", "33.0 C")
+    }
+    assert by_gpu(closed)[uuid(3), START].values["inlet_celsius"].mean == 33.0
