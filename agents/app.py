@@ -39,6 +39,7 @@ STEPS = {
     "store": "agents.store:Store",
     "archive": "agents.archive:Archive",
     "record": "agents.record:Record",
+    "notify": "agents.notify:Notify",
 }
 
 # Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.

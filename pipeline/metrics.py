@@ -111,6 +111,19 @@ ALERT_STEPS = Counter(
     ["state", "severity"],
 )
 
+# Notifications
+NOTIFICATIONS = Counter(
+    "millrace_notifications",
+    "Steps of alerts and receivers, by what came of it: delivered, retried, silenced, failed.",
+    ["receiver", "result"],
+)
+NOTIFICATION_SECONDS = Histogram(
+    "millrace_notification_seconds", "One attempt to tell a receiver.", ["receiver"], buckets=_SECONDS
+)
+RECEIVER_FAILING = Gauge(
+    "millrace_receiver_failing", "1 while a receiver does not take what it is sent.", ["receiver"]
+)
+
 # Gateway
 UPLOADS = Counter("millrace_uploads", "Uploads, by lane and HTTP status.", ["lane", "status"])
 REQUEST_SECONDS = Histogram(

@@ -183,6 +183,18 @@ class Settings(BaseSettings):
         60.0, description="While paused by model faults: one record is tried this often."
     )
 
+    # Alerts
+    receivers_file: Path | None = Field(
+        None, description="YAML file that says who is told of alerts; none: nobody."
+    )
+    energy_price_per_kwh: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="What a kilowatt-hour costs, for `/v1/energy`; none: no costs are told."
+    )
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="What an hour of a GPU costs, for the cost of idle ones; none: it is not told."
+    )
+    currency: str = Field("USD", pattern=r"^[A-Z]{3}$", description="Currency of the prices (ISO 4217).")
+
     # Retention
     result_retention_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
         90.0,
@@ -208,7 +220,7 @@ class Settings(BaseSettings):
     )
 
     @field_validator("api_keys_file", "kafka_sasl_password_file", "kafka_tls_ca_file", "kafka_tls_certificate_file",
-                     "kafka_tls_key_file")  # fmt: skip
+                     "kafka_tls_key_file", "receivers_file")  # fmt: skip
     @classmethod
     def _is_readable(cls, path: Path | None) -> Path | None:
         if path is not None:

@@ -34,6 +34,7 @@ _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 # Printable and without spaces; NVIDIA's are GPU-<uuid> and MIG-<uuid>.
 GpuUuid = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}$")]
+AlertId = GpuUuid
 # No control characters: shown in terminals, and PostgreSQL has no U+0000.
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Text = Annotated[str, msgspec.Meta(max_length=1000, pattern=r"^[^\x00]*$")]
@@ -176,7 +177,7 @@ class Windows(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Alert(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A step in the life of an alert: value of `gpu.alerts.v1`, keyed by its id."""
 
-    id: str
+    id: AlertId
     state: Literal["pending", "firing", "resolved"]
     gpu_uuid: GpuUuid
     host: Name
