@@ -50,7 +50,7 @@ async def statuses(pool: Pool, *alerts: Alert) -> dict[str, str]:
 
 async def drained(pool: Pool, to: Receiver, status: notifications.Settled = "delivered") -> list[list[str]]:
     """Settle everything that is due, and return the states of each message."""
-    sent = []
+    sent: list[list[str]] = []
     while (claimed := await notifications.claim(pool, to, 20)).message is not None or claimed.unsent:
         if claimed.message is not None:
             sent.append([each.state for each in claimed.message.alerts])
@@ -77,7 +77,7 @@ async def test_the_order_of_arrival_makes_no_difference(pool: Pool) -> None:
     to = receiver()
     for number, order in enumerate(("fr", "rf", "ffr", "frf", "rff", "rrf", "frr")):
         steps = {"f": alert(number), "r": alert(number, "resolved")}
-        sent = []
+        sent: list[list[str]] = []
         for step in order:
             await save(pool, to, steps[step])
             sent += await drained(pool, to)
