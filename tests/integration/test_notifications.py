@@ -185,7 +185,7 @@ async def test_silences(pool: Pool) -> None:
     assert await drained(pool, to) == [["firing"]]
     silence = await notifications.silence(
         pool,
-        {"host": "node-*", "rule": ["a", "thermal_margin"]},
+        {"host": "node-*", "rule": ("a", "thermal_margin")},
         now,
         now + timedelta(hours=1),
         "works",
