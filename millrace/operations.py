@@ -3,14 +3,21 @@
 import asyncio
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from millrace.output import counted, emit, say, show, show_table
+from millrace.output import EXIT_UNAVAILABLE, counted, emit, say, show, show_table
 from pipeline import admin, broker
+from pipeline.deployments import Artefact
+from pipeline.errors import DependencyError
 from pipeline.retention import Removed
 from pipeline.settings import Settings
 from pipeline.topics import TOPICS
+
+if TYPE_CHECKING:
+    from pipeline.database import Database
+    from pipeline.objects import ObjectStore
 
 _WATCH_SECONDS = 2.0
 
@@ -182,6 +189,8 @@ async def migrate(settings: Settings, as_json: bool) -> int:
 async def retain(settings: Settings, age: timedelta | None, dry_run: bool, as_json: bool) -> int:
     """Delete what is older than `age`, or than the setting says; print counts.
 
+    Files of models are deleted only if Kafka says that no deployment needs them; 69 if it does not answer.
+
     Raises:
         DependencyError: the database or the object store does not answer.
     """
@@ -190,23 +199,48 @@ async def retain(settings: Settings, age: timedelta | None, dry_run: bool, as_js
     from pipeline.retention import remove_expired
 
     before = datetime.now(UTC) - (timedelta(days=settings.result_retention_days) if age is None else age)
+    code = 0
     database = await Database.open(settings)
     objects = ObjectStore.open(settings)
     try:
         if dry_run:
             old = await database.count_expired(before)
-            counts = Removed(images=old.images, predictions=old.predictions, dead_letters=old.dead_letters)
+            counts = Removed(
+                images=old.images, predictions=old.predictions, dead_letters=old.dead_letters,
+                model_versions=await database.expire_models(before, dry_run=True),
+            )  # fmt: skip
         else:
             counts = await remove_expired(database, objects, before)
+            try:
+                files = await _remove_model_files(settings, database, objects, before)
+                counts = msgspec.structs.replace(counts, model_files=files)
+            except DependencyError as error:
+                say(f"files of models were not deleted: {error.message}")
+                code = EXIT_UNAVAILABLE
     finally:
         objects.close()
         await database.close()
     if as_json:
         emit(Retained(before, dry_run, counts))
-        return 0
+        return code
     say(f"{'would delete' if dry_run else 'deleted'} what was stored before {before:%Y-%m-%d %H:%M:%S} UTC")
     shown = msgspec.structs.asdict(counts)
     if dry_run:
-        del shown["objects"]  # known only when the rows are gone
+        del shown["objects"], shown["model_files"]  # known only when the rows are gone
     show_table(("KIND", "COUNT"), [(name.replace("_", " "), count) for name, count in shown.items()])
-    return 0
+    return code
+
+
+async def _remove_model_files(
+    settings: Settings, database: "Database", objects: "ObjectStore", before: datetime
+) -> int:
+    from pipeline import artefacts, registry
+
+    async def used() -> set[Artefact]:
+        known = await registry.read(settings)
+        if known.unreadable:
+            names = ", ".join(sorted(known.unreadable))
+            raise DependencyError(f"it cannot be read what {names} should run, see `millrace models list`")
+        return artefacts.named_in(known) | await database.artefacts()
+
+    return await artefacts.remove_unused(objects, before, used)

@@ -1,17 +1,20 @@
 """Files of models in the object store, by digest: put there by the command line, fetched by replicas.
 
 A file is never overwritten by another one, as its digest is part of its key, and never used before its digest
-was checked, however it came into the folder.
+was checked, however it came into the folder. It stays for as long as a version names it.
 """
 
 import asyncio
 import hashlib
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pipeline.deployments import Artefact
+from pipeline import logs
+from pipeline.deployments import Artefact, Registry
 from pipeline.errors import ConfigurationError
 from pipeline.objects import ObjectStore
 
@@ -19,6 +22,12 @@ ARTEFACTS_PREFIX = "models"
 FILE_SOURCE = "file:"
 # What tensors do not say about themselves may lie beside them (`pipeline/models/file_source.py`).
 CARD_ENDING = ".json"
+# A file is uploaded before the version that names it is activated, the first of many large ones long before.
+UPLOAD_SECONDS = 24 * 3600.0
+# Exactly what `object_key` makes: others may keep folders of the same name in the store.
+_OUR_KEY = re.compile(rf"{ARTEFACTS_PREFIX}/[0-9a-f]{{64}}/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,127}}")
+
+_log = logs.get(__name__)
 
 
 def object_key(artefact: Artefact) -> str:
@@ -95,6 +104,48 @@ async def fetch(objects: ObjectStore, artefacts: Sequence[Artefact], cache: Path
     except OSError as error:
         raise ConfigurationError(f"MILLRACE_MODEL_CACHE: {folder}: {error.strerror or error}") from error
     return folder
+
+
+def named_in(registry: Registry) -> set[Artefact]:
+    """Return the files of what deployments should run, and of what they would fall back to."""
+    versions = [desired.version for running in registry if (desired := running.desired)]
+    versions += [
+        desired.predecessor for running in registry if (desired := running.desired) and desired.predecessor
+    ]
+    return {artefact for version in versions for artefact in version.artefacts}
+
+
+async def remove_unused(
+    objects: ObjectStore, before: datetime, used: Callable[[], Awaitable[Iterable[Artefact]]]
+) -> int:
+    """Delete files from before a moment that no version names, and return how many; those of the last day stay.
+
+    `used` is asked after the files were listed, and each is looked at again right before it goes, in case somebody
+    has just uploaded it once more.
+
+    Raises:
+        DependencyError: the store does not answer now; also whatever `used` raises.
+    """
+    before = min(before, datetime.now(UTC) - timedelta(seconds=UPLOAD_SECONDS))
+    old = await _older(objects, ARTEFACTS_PREFIX, before)
+    unused = old - {object_key(artefact) for artefact in await used()} if old else old
+    count = 0
+    for key in sorted(unused):
+        if key in await _older(objects, key.rpartition("/")[0], before):
+            await objects.delete([key])
+            _log.info("a file of a model was deleted", key=key)
+            count += 1
+    return count
+
+
+async def _older(objects: ObjectStore, folder: str, before: datetime) -> set[str]:
+    """Return our files in a folder that were put there before a moment."""
+    return {
+        item.key
+        async for page in objects.list(folder)
+        for item in page
+        if item.modified_at < before and _OUR_KEY.fullmatch(item.key)
+    }
 
 
 def _with_card(path: Path) -> list[Path]:

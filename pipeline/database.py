@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pipeline import comparison, search, writes
 from pipeline.comparison import Comparison, SideName
 from pipeline.deadletters import DeadLetter
-from pipeline.deployments import Desired, Status
+from pipeline.deployments import Artefact, Desired, Status
 from pipeline.errors import DependencyError
 from pipeline.events import Prediction
 from pipeline.postgres import QUERIES, Pool
@@ -128,6 +128,21 @@ class Database:
         """Return a deployment's versions, newest first; `before` is the revision of the last one seen."""
         rows = await self._pool.rows("model_history", deployment, limit, before)
         return [read_model_version(row) for row in rows]
+
+    async def expire_models(self, before: datetime, *, dry_run: bool = False) -> int:
+        """Delete versions of models that another took the place of before a moment; return how many.
+
+        What a deployment's present version would fall back to stays.
+        """
+        async with self._pool.transaction() as connection:
+            count = await connection.fetchval(QUERIES["expire_model_versions"], before, not dry_run)
+            if not dry_run:
+                await connection.execute(QUERIES["expire_model_reports"], before)
+        return int(count)
+
+    async def artefacts(self) -> set[Artefact]:
+        """Return the files of every version that the history keeps."""
+        return {Artefact(**row) for row in await self._pool.rows("kept_artefacts")}
 
     async def image(self, image_id: str) -> ImageRow | None:
         """Return an image's row."""

@@ -31,6 +31,9 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True):
     predictions: int = 0
     dead_letters: int = 0
     objects: int = 0
+    #: Of models, from the history; and the files that no version has any more.
+    model_versions: int = 0
+    model_files: int = 0
 
 
 async def remove_expired(
@@ -54,7 +57,11 @@ async def remove_expired(
         if batch.is_empty:
             break
     orphans = await remove_orphans(database, objects, before)
-    return msgspec.structs.replace(counts, objects=counts.objects + orphans)
+    return msgspec.structs.replace(
+        counts,
+        objects=counts.objects + orphans,
+        model_versions=await database.expire_models(before),
+    )
 
 
 async def delete_image(database: Database, objects: ObjectStore, image_id: str) -> bool:

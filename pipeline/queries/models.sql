@@ -30,3 +30,33 @@ SELECT version.deployment, version.revision, version.models, version.artefacts, 
 FROM model_versions AS version
 WHERE version.deployment = $1 AND ($3::bigint IS NULL OR version.revision < $3)
 ORDER BY version.activated_at DESC, version.revision DESC LIMIT $2
+
+-- name: expire_model_versions
+-- Count versions that another took the place of before $1, but for what the present one falls back to; delete them if $2.
+WITH old AS (
+    SELECT version.deployment, version.revision, version.activated_at FROM model_versions AS version
+    WHERE EXISTS (SELECT FROM model_versions AS later
+                  WHERE later.deployment = version.deployment AND later.activated_at > version.activated_at
+                    AND later.stored_at < $1)
+      AND version.revision IS DISTINCT FROM
+          (SELECT present.predecessor FROM model_versions AS present WHERE present.deployment = version.deployment
+           ORDER BY present.activated_at DESC, present.revision DESC LIMIT 1)
+), deleted AS (
+    DELETE FROM model_versions AS version USING old
+    WHERE $2 AND (version.deployment, version.revision, version.activated_at)
+               = (old.deployment, old.revision, old.activated_at)
+)
+SELECT count(*) AS versions FROM old
+
+-- name: expire_model_reports
+-- Forget what replicas said before $1 of versions that are not kept.
+DELETE FROM model_reports AS report
+WHERE report.stored_at < $1
+  AND NOT EXISTS (SELECT FROM model_versions AS version
+                  WHERE version.deployment = report.deployment AND version.revision = report.revision)
+
+-- name: kept_artefacts
+-- The files of every version that is kept.
+SELECT DISTINCT artefact->>'name' AS name, artefact->>'sha256' AS sha256,
+       (artefact->>'size_bytes')::bigint AS size_bytes
+FROM model_versions, jsonb_array_elements(artefacts) AS artefact

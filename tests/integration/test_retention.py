@@ -1,5 +1,7 @@
 """Retention and deletion on a real database and folder."""
 
+import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,14 +10,20 @@ import msgspec
 import pytest
 
 from agents.archive import Archive
-from pipeline import retention
+from millrace.operations import retain
+from millrace.output import EXIT_UNAVAILABLE
+from pipeline import admin, artefacts, deployments, retention
+from pipeline.broker import Publisher
 from pipeline.database import Database
+from pipeline.deployments import Artefact, Desired, Refusal, Status, Version
 from pipeline.errors import DependencyError
-from pipeline.events import ImageEvent, Record, encode_image
+from pipeline.events import ImageEvent, Outgoing, Record, encode_image
 from pipeline.objects import ObjectStore, dead_letter_key, image_key
+from pipeline.registry import activate
 from pipeline.results import Expired
 from pipeline.retention import Removed
 from pipeline.settings import load
+from pipeline.topics import MODELS
 from tests.support import services
 from tests.support.samples import GROUP, NOW, SHA_A, SHA_B, dead_letter, image_row, prediction
 
@@ -233,3 +241,68 @@ async def test_retention_passes_rows_by_that_are_in_use(db: Database, database: 
     await blocker.close()
     assert (await db.expire(days_ago(90), 10)).predictions == 1
     assert msgspec.structs.asdict(await db.expire(days_ago(90), 10))["predictions"] == 0
+
+
+def a_version(revision: int, *files: Artefact, predecessor: int | None = None) -> Desired:
+    before = None if predecessor is None else Version(revision=predecessor, models=("builtin:x",))
+    return Desired(
+        deployment="default", version=Version(revision=revision, models=("builtin:x",), artefacts=files),
+        activated_by="t", activated_at=NOW + timedelta(hours=revision), predecessor=before,
+    )  # fmt: skip
+
+
+async def test_versions_that_were_replaced_long_ago_are_forgotten(
+    db: Database, objects: ObjectStore, database: str
+) -> None:
+    """The history keeps a version as long as the results of those days are kept, and what is fallen back to."""
+    refused = Status(deployment="default", replica="r", time=NOW, refused=Refusal(1, "no", NOW))
+    versions = [a_version(number, predecessor=2 if number == 5 else None) for number in range(1, 6)]
+    await db.save_models([*versions, refused])
+    for table in ("model_versions", "model_reports"):
+        await services.execute(database, f"UPDATE {table} SET stored_at = {OLD}")
+    await services.execute(database, "UPDATE model_versions SET stored_at = now() WHERE revision = 5")
+    assert await db.expire_models(days_ago(90), dry_run=True) == 2
+    assert len(await db.model_history("default", 10)) == 5
+    removed = await retention.remove_expired(db, objects, days_ago(90))
+    assert removed == Removed(model_versions=2)
+    # 4 was at work until 5 came, 2 is what replicas fall back to.
+    assert [version.revision for version in await db.model_history("default", 10)] == [5, 4, 2]
+    await db.save_models(versions[:1])
+    assert (await db.model_history("default", 10))[-1].reports == ()
+
+
+async def test_files_of_models_go_with_the_last_version_that_names_them(
+    kafka: str, topic_prefix: str, database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files stay while a deployment should run them, may fall back to them, or the history has them."""
+    settings = load(
+        kafka_bootstrap_servers=kafka, topic_prefix=topic_prefix, database_url=database,
+        object_store_url=str(tmp_path / "objects"),
+    )  # fmt: skip
+    await admin.apply_topics(settings, [MODELS])
+    objects = ObjectStore.open(settings)
+    files = {}
+    for name in ("fallback", "present", "history", "unused"):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(name.encode())
+        _, (files[name],) = await artefacts.upload(objects, [f"file:{path}#torchvision:resnet18"])
+        os.utime(tmp_path / "objects" / artefacts.object_key(files[name]), (0, 0))
+    for name in ("fallback", "present"):
+        await activate(settings, "default", ["file:x"], artefacts=[files[name]], activated_by="t")
+    opened = await Database.open(settings)
+    await opened.save_models([a_version(1, files["history"])])
+    await opened.close()
+    publisher = Publisher(settings, client_id="test")
+    await publisher.start()
+    garbage, gone = Outgoing(b"other", b"garbage", ()), deployments.tombstone("other")
+    await publisher.publish(settings.topic(MODELS.name), garbage)
+    assert await retain(settings, timedelta(days=90), dry_run=False, as_json=True) == EXIT_UNAVAILABLE
+    assert "cannot be read what other should run" in capsys.readouterr().err
+    await publisher.publish(settings.topic(MODELS.name), gone)
+    await publisher.stop()
+    assert len(await keys(objects)) == 4
+    assert await retain(settings, timedelta(days=90), dry_run=False, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["removed"]["model_files"] == 1
+    kept = ("fallback", "present", "history")
+    assert await keys(objects) == {artefacts.object_key(files[name]) for name in kept}
+    objects.close()

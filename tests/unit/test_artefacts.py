@@ -1,5 +1,7 @@
 """Files of models on their way through the object store: the same bytes arrive, or nothing does."""
 
+import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,35 @@ async def test_a_file_that_is_not_here_is_said(tmp_path: Path, objects: ObjectSt
         (tmp_path / name / "otters.safetensors").write_text(name)
     with pytest.raises(ConfigurationError, match="two different files"):
         await artefacts.upload(objects, [SPECIFICATION.format(tmp_path / name) for name in ("a", "b")])
+
+
+async def test_only_old_files_that_no_version_names_are_deleted(
+    tmp_path: Path, objects: ObjectStore, weights: Path
+) -> None:
+    """What a version names, what is new, what is uploaded meanwhile and what others keep there stays."""
+    stored = {}
+    for number, name in enumerate(("named", "unused", "new", "uploaded again")):
+        path = tmp_path / f"{name.partition(' ')[0]}.safetensors"
+        path.write_bytes(bytes([number]))
+        _, (stored[name],) = await artefacts.upload(
+            objects, [SPECIFICATION.replace("{}/otters.safetensors", str(path))]
+        )
+        if name != "new":
+            make_old(tmp_path / "objects" / artefacts.object_key(stored[name]))
+    foreign = "models/somebody-elses/weights.safetensors"
+    await objects.put(foreign, b"w")
+    make_old(tmp_path / "objects" / foreign)
+
+    async def used() -> list[Artefact]:
+        await objects.put(artefacts.object_key(stored["uploaded again"]), bytes([3]))
+        return [stored["named"]]
+
+    assert await artefacts.remove_unused(objects, datetime.now(UTC), used) == 1
+    left = {item.key async for page in objects.list("models") for item in page}
+    kept = (stored["named"], stored["new"], stored["uploaded again"])
+    assert left == {foreign} | {artefacts.object_key(file) for file in kept}
+
+
+def make_old(path: Path) -> None:
+    old = (datetime.now(UTC) - timedelta(days=100)).timestamp()
+    os.utime(path, (old, old))
