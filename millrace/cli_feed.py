@@ -70,6 +70,54 @@ def replay(
     run(body)
 
 
+@app.command()
+def simulate(
+    gpus: Annotated[int, typer.Option(min=1, max=100_000, help="Eight to a host.")] = 64,
+    fault: Annotated[
+        str, typer.Option(metavar="KIND,...", help="What breaks, each on one GPU: see --list-faults; or all.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Makes the same fleet and the same faults again.")] = 7,
+    interval: Annotated[str, typer.Option(metavar="10s", help="Between two samples of a GPU.")] = "10s",
+    duration: Annotated[
+        str | None, typer.Option(metavar="8h", help="How much of the fleet's life; none: until Ctrl-C.")
+    ] = None,
+    speed: Speed = "1x",
+    peers: Peers = "host",
+    truth: Annotated[
+        Path | None, typer.Option(help="Write what was injected to this file as JSON lines.", dir_okay=False)
+    ] = None,
+    list_faults: Annotated[bool, typer.Option("--list-faults", help="Show the kinds of faults.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish the telemetry of a made-up fleet with known faults, with a progress bar on a terminal.
+
+    Faster than life, its times begin so far in the past that they end now.
+    """
+    seconds = _length(interval, "--interval").total_seconds()
+    if seconds < 0.1:
+        raise typer.BadParameter("at least 100ms", param_hint="--interval")
+    length = None if duration is None else _length(duration, "--duration").total_seconds()
+    if length is not None and not seconds <= length <= 30 * 86_400:
+        raise typer.BadParameter("from one interval to 30d", param_hint="--duration")
+    times = _times(speed)
+    if length is None and (times is None or times > 1):
+        raise typer.BadParameter("faster than life needs --duration", param_hint="--speed")
+
+    def body(settings: "Settings") -> int:
+        import asyncio
+
+        from millrace import simulate
+
+        if list_faults:
+            return simulate.show_faults(as_json)
+        wishes = simulate.Wishes(
+            gpus, tuple(filter(None, fault.split(","))), seed, seconds, length, times, peers, truth, as_json
+        )
+        return asyncio.run(simulate.simulate(settings, wishes))
+
+    run(body)
+
+
 def _times(text: str) -> float | None:
     """Read 10x, 0.5x, or max as None."""
     if text == "max":

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,42 @@ async def test_peers_across_hosts(settings: Settings, tmp_path: Path) -> None:
     assert {key for key, _ in found} == {b"cluster-7"}
     assert {record.host for _, record in found} == {row.host for row in rows}
     assert {s.time for _, record in found for s in record.samples} == {row.time for row in rows}
+
+
+async def test_a_simulated_fleet(settings: Settings, tmp_path: Path) -> None:
+    """The samples of the whole time arrive, end now, and show the fault that the truth tells of."""
+    truth = tmp_path / "truth.jsonl"
+    options = (
+        "--gpus",
+        "16",
+        "--fault",
+        "lost",
+        "--duration",
+        "20m",
+        "--speed",
+        "max",
+        "--truth",
+        truth,
+        "--json",
+    )
+    before = datetime.now(UTC)
+    ran = await asyncio.to_thread(millrace, settings, "simulate", *options)
+    after = datetime.now(UTC)
+    assert ran.returncode == 0, ran.stderr
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    found = [sample for _, record in await read(settings, len(lines)) for sample in record.samples]
+    assert len(found) == sum(line["samples"] for line in lines)
+    (injected,) = [json.loads(line) for line in truth.read_text().splitlines()]
+    assert injected["gpu_uuid"] in ran.stderr
+    begin, end = (datetime.fromisoformat(injected[name]) for name in ("begin", "end"))
+    times = {gpu: [s.time for s in found if s.gpu_uuid == gpu] for gpu in {s.gpu_uuid for s in found}}
+    assert len(times) == 16
+    assert before - timedelta(seconds=12) <= max(map(max, times.values())) <= after
+    assert (
+        before - timedelta(minutes=20, seconds=1)
+        <= min(map(min, times.values()))
+        <= after - timedelta(minutes=19)
+    )
+    mine = [sample for sample in found if sample.gpu_uuid == injected["gpu_uuid"]]
+    assert any(sample.time < begin for sample in mine)
+    assert not any(begin <= sample.time < end and sample.state == "ok" for sample in mine)

@@ -23,7 +23,7 @@ COMMANDS = [
     "publish images", "predictions get", "predictions tail", "lag", "topics", "topics list", "topics apply",
     "doctor", "up",
     "dead-letters list", "dead-letters show", "dead-letters redrive", "worker", "retention", "migrate",
-    "bench", "soak", "replay",
+    "bench", "soak", "replay", "simulate",
 ]  # fmt: skip
 
 
@@ -49,6 +49,9 @@ def run(*arguments: str) -> tuple[int, str]:
         "replay LICENSE --speed max",
         "replay LICENSE --interval 0",
         "replay LICENSE --loop --keep-time",
+        "simulate --speed 10x",
+        "simulate --interval soon",
+        "simulate --duration 1s",
         "dead-letters redrive",
         "dead-letters redrive 1 --all",
         "dead-letters redrive 1 --code image",
