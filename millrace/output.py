@@ -35,7 +35,7 @@ EXIT_CODES = {
     0: "done",
     EXIT_FAILED: "something failed: a file was not published, an id has no prediction, a check found a fault",
     EXIT_USAGE: "the command line is wrong",
-    EXIT_UNAVAILABLE: "Kafka, the database or the object store does not answer",
+    EXIT_UNAVAILABLE: "Kafka, the database, the object store or what is collected from does not answer",
     EXIT_FATAL: "the process could no longer be trusted and ended without acknowledging",
     EXIT_CONFIGURATION: "a setting is wrong; the message names it",
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",

@@ -111,6 +111,13 @@ ALERT_STEPS = Counter(
     ["state", "severity"],
 )
 
+# The collector of GPU telemetry
+SAMPLES_COLLECTED = Counter("millrace_samples_collected", "GPU samples that the collector published.")
+COLLECTED_GPUS = Gauge("millrace_collected_gpus", "GPUs the collector reads, by state: ok, lost.", ["state"])
+COLLECT_SECONDS = Histogram(
+    "millrace_collect_seconds", "Reading all GPUs once, or one scrape.", buckets=_SECONDS
+)
+
 # Notifications
 NOTIFICATIONS = Counter(
     "millrace_notifications",

@@ -10,7 +10,7 @@ import pytest
 
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
-from tests.support import services
+from tests.support import nvml, services
 from tests.support.services import Share
 
 _SHARES = pytest.StashKey[list[Share]]()
@@ -96,3 +96,9 @@ def pytest_configure() -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Stop the shared services, here rather than in fixtures: waiting for other workers is no test's time."""
     services.close(session.config.stash.get(_SHARES, []))
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a libnvidia-ml.so.1 that says what a `tests.support.nvml.Script` tells it to."""
+    return nvml.build(tmp_path_factory.mktemp("nvml"))

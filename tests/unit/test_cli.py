@@ -23,7 +23,7 @@ COMMANDS = [
     "publish images", "predictions get", "predictions tail", "lag", "topics", "topics list", "topics apply",
     "doctor", "up",
     "dead-letters list", "dead-letters show", "dead-letters redrive", "worker", "retention", "migrate",
-    "bench", "soak", "replay", "simulate",
+    "bench", "soak", "replay", "simulate", "collect",
 ]  # fmt: skip
 
 
@@ -52,6 +52,10 @@ def run(*arguments: str) -> tuple[int, str]:
         "simulate --speed 10x",
         "simulate --interval soon",
         "simulate --duration 1s",
+        "collect --interval 10ms",
+        "collect --interval never",
+        "collect --sample-interval 20s",
+        "collect --from-exporter node:9400",
         "dead-letters redrive",
         "dead-letters redrive 1 --all",
         "dead-letters redrive 1 --code image",
