@@ -4,7 +4,7 @@ It keeps the rule that a fetch position never moves past a record that was not h
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,7 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         Raises:
             DependencyError: no answer in time.
         """
-        result: CommitResult = await self.call_thread(self._commit_marked, offsets)
+        result: CommitResult = await self._ask(self._commit_marked, offsets)
         return result
 
     async def _commit_marked(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
@@ -192,8 +192,24 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         Raises:
             DependencyError: no answer in time.
         """
-        found: dict[TopicPartition, Start] = await self.call_thread(self._starts, list(places))
+        found: dict[TopicPartition, Start] = await self._ask(self._starts, list(places))
         return found
+
+    async def _ask(self, method: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Call a method in the thread.
+
+        Raises:
+            DependencyError: the thread stops meanwhile. It cancels what it was asked, and mode hands that on as if
+                the caller were cancelled; passed on, that would end aiokafka's coordination, and with it the
+                thread, before anybody is told that it has stopped.
+        """
+        try:
+            return await self.call_thread(method, *args)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise DependencyError("the Kafka consumer was closed") from None
 
     async def _starts(self, places: list[TopicPartition]) -> dict[TopicPartition, Start]:
         kafka = self._ensure_consumer()
@@ -206,13 +222,6 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         except (KafkaError, TimeoutError) as error:
             reason = f"Kafka does not say where partitions begin: {error or 'no answer'}"
             raise DependencyError(reason) from error
-        except asyncio.CancelledError:
-            # A consumer that is closed meanwhile cancels what it was asked. Passed on, that would end aiokafka's
-            # coordination, and with it the thread, before anybody is told that it has stopped.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise DependencyError("the Kafka consumer was closed") from None
         starts = {}
         for place, partition in zip(places, partitions, strict=True):
             left = committed.get(partition)

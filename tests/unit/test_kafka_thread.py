@@ -14,7 +14,7 @@ from aiokafka.structs import TopicPartition as KafkaPartition
 from agents import kafka_thread
 from agents.consumer import LedgerConsumer
 from agents.kafka_thread import LedgerThread, Ownership
-from pipeline.errors import FatalError
+from pipeline.errors import DependencyError, FatalError
 from tests.unit.test_delivery import BULK, GENERATION, Bench
 
 PLACE = KafkaPartition(BULK, 0)
@@ -189,3 +189,26 @@ async def test_a_rebalance_that_fails_ends_the_worker(callback: Callable[..., Aw
     with pytest.raises(KeyError):
         await callback(consumer, {PLACE})
     assert [repr(error) for error in crashed] == ["KeyError('unforeseen')"]
+
+
+async def test_a_question_to_a_thread_that_stops_is_not_a_cancellation() -> None:
+    """What the thread was asked and cancels as it stops fails the question; only the asker's own end cancels it."""
+    worker = Worker()
+
+    async def stops(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    async def never_answers(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    worker.thread.call_thread = stops
+    with pytest.raises(DependencyError, match="closed"):
+        await worker.thread.starts([(BULK, 0)])
+    with pytest.raises(DependencyError, match="closed"):
+        await worker.thread.commit_marked({(BULK, 0): (1, "")})
+    worker.thread.call_thread = never_answers
+    asking = asyncio.ensure_future(worker.thread.starts([(BULK, 0)]))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
