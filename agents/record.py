@@ -19,7 +19,7 @@ import msgspec
 
 from agents.delivery import Delivered, Delivery
 from agents.durable import forever, isolate, publish_dead_letter
-from pipeline import events, logs, metrics, telemetry
+from pipeline import events, logs, metrics, telemetry, telemetry_retention
 from pipeline.broker import Publisher
 from pipeline.errors import ContractError, MillraceError, RecordTooLargeError
 from pipeline.settings import Settings
@@ -36,6 +36,8 @@ BATCHES_AT_ONCE = 2
 OUTBOX_STEPS = 100
 # How soon steps that another replica, or a worker that died, left behind are published.
 OUTBOX_INTERVAL_SECONDS = 2.0
+ROLLUP_INTERVAL_SECONDS = 5.0
+PARTITIONS_INTERVAL_SECONDS = 3600.0
 _MAX_INTEGER = 2**31 - 1
 
 
@@ -104,6 +106,27 @@ class Record:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._pump(delivery, group))
             group.create_task(self._publish_steps())
+            group.create_task(self._again(self._roll_up, ROLLUP_INTERVAL_SECONDS))
+            group.create_task(self._again(self._tend_partitions, PARTITIONS_INTERVAL_SECONDS))
+
+    async def _again(self, work: Callable[[], Awaitable[None]], interval_seconds: float) -> None:
+        """Do what keeps the database in order now and then; whatever goes wrong with it, recording goes on."""
+        while True:
+            try:
+                await work()
+            except MillraceError as error:
+                log.warning("to be tried again", work=work.__name__, error=error.message)
+            except Exception:
+                log.exception("to be tried again", work=work.__name__)
+            # Replicas that began together do not ask together.
+            await asyncio.sleep(interval_seconds * random.uniform(0.75, 1.25))
+
+    async def _roll_up(self) -> None:
+        await self._database.rollups.advance()
+
+    async def _tend_partitions(self) -> None:
+        await telemetry_retention.make_ahead(self._database)
+        await telemetry_retention.remove_expired(self._database, self._settings)
 
     async def _pump(self, delivery: Delivery, group: asyncio.TaskGroup) -> None:
         free = asyncio.Semaphore(BATCHES_AT_ONCE)

@@ -13,6 +13,7 @@ from pipeline.deployments import Artefact
 from pipeline.errors import DependencyError
 from pipeline.retention import Removed
 from pipeline.settings import Settings
+from pipeline.telemetry_retention import RemovedTelemetry
 from pipeline.topics import TOPICS
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Retained(msgspec.Struct, frozen=True):
     before: datetime
     dry_run: bool
     removed: Removed
+    telemetry: RemovedTelemetry
 
 
 async def lag(settings: Settings, groups: list[str] | None, total: bool, watch: bool, as_json: bool) -> int:
@@ -194,16 +196,20 @@ async def retain(settings: Settings, age: timedelta | None, dry_run: bool, as_js
     Raises:
         DependencyError: the database or the object store does not answer.
     """
+    from pipeline import telemetry_retention
     from pipeline.database import Database
     from pipeline.objects import ObjectStore
     from pipeline.retention import remove_expired
+    from pipeline.telemetry_database import TelemetryDatabase
 
     before = datetime.now(UTC) - (timedelta(days=settings.result_retention_days) if age is None else age)
     code = 0
     database = await Database.open(settings)
+    gpus = await TelemetryDatabase.open(settings)
     objects = ObjectStore.open(settings)
     try:
         if dry_run:
+            telemetry = await telemetry_retention.expired(gpus, settings)
             old = await database.count_expired(before)
             counts = Removed(
                 images=old.images, predictions=old.predictions, dead_letters=old.dead_letters,
@@ -211,6 +217,7 @@ async def retain(settings: Settings, age: timedelta | None, dry_run: bool, as_js
             )  # fmt: skip
         else:
             counts = await remove_expired(database, objects, before)
+            telemetry = await telemetry_retention.remove_expired(gpus, settings)
             try:
                 files = await _remove_model_files(settings, database, objects, before)
                 counts = msgspec.structs.replace(counts, model_files=files)
@@ -219,12 +226,16 @@ async def retain(settings: Settings, age: timedelta | None, dry_run: bool, as_js
                 code = EXIT_UNAVAILABLE
     finally:
         objects.close()
+        await gpus.close()
         await database.close()
     if as_json:
-        emit(Retained(before, dry_run, counts))
+        emit(Retained(before, dry_run, counts, telemetry))
         return code
     say(f"{'would delete' if dry_run else 'deleted'} what was stored before {before:%Y-%m-%d %H:%M:%S} UTC")
-    shown = msgspec.structs.asdict(counts)
+    shown = msgspec.structs.asdict(counts) | {
+        "alerts": telemetry.alerts,
+        "partitions of GPU telemetry": len(telemetry.partitions),
+    }
     if dry_run:
         del shown["objects"], shown["model_files"]  # known only when the rows are gone
     show_table(("KIND", "COUNT"), [(name.replace("_", " "), count) for name, count in shown.items()])

@@ -15,6 +15,7 @@ from pipeline.errors import DependencyError, StorageRefusedError
 from pipeline.known_gpus import KnownGpus
 from pipeline.partitions import GPU_SAMPLES, GPU_WINDOWS, Partitions
 from pipeline.postgres import QUERIES, Connection, Pool
+from pipeline.rollups import Rollups
 from pipeline.sample_rows import SampleRows
 from pipeline.settings import Settings
 from pipeline.telemetry import Alert, Samples, Windows
@@ -31,6 +32,7 @@ class TelemetryDatabase:
         self.pool = pool
         self.gpus = KnownGpus(pool)
         self.partitions = Partitions(pool)
+        self.rollups = Rollups(pool, self.partitions)
 
     @classmethod
     async def open(cls, settings: Settings) -> "TelemetryDatabase":
@@ -96,6 +98,11 @@ class TelemetryDatabase:
             yield [msgspec.json.decode(row["value"], type=Alert) for row in rows]
             if rows:
                 await connection.execute(QUERIES["clear_outbox"], [row["position"] for row in rows])
+
+    async def count_expired_alerts(self, before: datetime) -> int:
+        """Count alerts that were resolved before a moment."""
+        (row,) = await self.pool.rows("count_expired_alerts", before)
+        return int(row["rows"])
 
     async def expire_alerts(self, before: datetime, limit: int) -> int:
         """Delete up to `limit` alerts that were resolved before a moment; call until it is 0."""

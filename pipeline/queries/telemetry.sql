@@ -102,6 +102,10 @@ SELECT position, alert_id, value FROM gpu_alert_outbox ORDER BY position LIMIT $
 -- Take published steps off the queue.
 DELETE FROM gpu_alert_outbox WHERE position = ANY($1::bigint[])
 
+-- name: count_expired_alerts
+-- Count alerts that were resolved before $1.
+SELECT count(*) AS rows FROM gpu_alerts WHERE state = 'resolved' AND resolved_at < $1
+
 -- name: expire_alerts
 -- Delete up to $2 alerts that were resolved before $1.
 WITH old AS (

@@ -9,12 +9,13 @@ import asyncpg
 import msgspec
 import pytest
 
-from pipeline import dcgm, examples
+from pipeline import dcgm, examples, telemetry_retention
 from pipeline.errors import StorageRefusedError
 from pipeline.partitions import GPU_SAMPLES, GPU_WINDOWS
 from pipeline.settings import load
 from pipeline.telemetry import Condition, Gpu, GpuWindow, Sample, Samples, Windows
 from pipeline.telemetry_database import TelemetryDatabase
+from pipeline.telemetry_retention import RemovedTelemetry
 from pipeline.telemetry_writes import SavedSamples
 
 START = datetime(2026, 1, 31, 23, 59, 50, tzinfo=UTC)
@@ -257,3 +258,26 @@ async def test_a_partition_that_another_process_dropped(database: str, db: Telem
     with pytest.raises(Exception, match="42P01"):
         await db.save_samples(batch(sample()))
     assert (await db.save_samples(batch(sample()))).stored == 1
+
+
+async def test_retention_by_each_table(database: str, db: TelemetryDatabase) -> None:
+    """What is needed soon is made; what its setting calls too old is counted, then removed, and nothing else."""
+    settings = load(
+        database_url=database, sample_retention_days=2, result_retention_days=10, minute_retention_days=40,
+        hour_retention_days=400,
+    )  # fmt: skip
+    await telemetry_retention.make_ahead(db, START)
+    await telemetry_retention.make_ahead(db, START)
+    assert (await telemetry_retention.remove_expired(db, settings, START)).partitions == ()
+    for windows in (closed(0, condition("firing")), closed(1), closed(2, condition("firing", "other"))):
+        await db.save_windows([windows])
+    for days, names, alerts in (
+        (2, ("gpu_samples_20260131",), 0),
+        (10, ("gpu_samples_20260201", "gpu_samples_20260202", "gpu_windows_20260131"), 1),
+        (60, ("gpu_windows_20260201", "gpu_windows_20260202", "gpu_minutes_20260101"), 0),
+    ):
+        now = START + timedelta(days=days, minutes=3)
+        expected = RemovedTelemetry(partitions=names, alerts=alerts)
+        assert await telemetry_retention.expired(db, settings, now) == expected
+        assert await telemetry_retention.remove_expired(db, settings, now) == expected
+    assert await fetch(db, "SELECT rule FROM gpu_alerts") == [("other",)]

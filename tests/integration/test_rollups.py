@@ -1,0 +1,127 @@
+"""Roll-ups in a real PostgreSQL: a minute and an hour say what their samples say, however late one comes."""
+
+import random
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from pipeline.rollups import Rollups
+from pipeline.settings import load
+from pipeline.telemetry import Sample, Samples
+from pipeline.telemetry_database import TelemetryDatabase
+
+START = datetime(2026, 1, 31, 23, 58, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+LATER = START + timedelta(days=1)
+
+
+@pytest.fixture
+async def db(database: str) -> AsyncIterator[TelemetryDatabase]:
+    opened = await TelemetryDatabase.open(load(database_url=database))
+    yield opened
+    await opened.close()
+
+
+def sample(seconds: float, uuid: str = "GPU-1", xids: tuple[int, ...] = (), **values: float) -> Sample:
+    return Sample(gpu_uuid=uuid, time=START + seconds * SECOND, values=values, xids=xids)
+
+
+async def store(db: TelemetryDatabase, *samples: Sample) -> None:
+    await db.save_samples([("node", Samples(host="node", samples=samples))])
+
+
+async def rows(db: TelemetryDatabase, table: str, columns: str) -> list[tuple[Any, ...]]:
+    async with db.pool.transaction() as connection:
+        found = await connection.fetch(f"SELECT {columns} FROM {table} ORDER BY gpu_id, time")
+    return [tuple(row) for row in found]
+
+
+async def rolled(db: TelemetryDatabase, table: str, columns: str) -> list[tuple[Any, ...]]:
+    await Rollups(db.pool, db.partitions).advance(LATER)
+    return await rows(db, table, columns)
+
+
+async def test_a_minute_and_an_hour(db: TelemetryDatabase) -> None:
+    """Count, least, most, mean; a bitmask's common and united bits; XIDs; over midnight and the end of a month."""
+    await store(
+        db,
+        sample(0, temperature_celsius=50, clock_event_reasons=5, xids=(13,)),
+        sample(30, temperature_celsius=60, clock_event_reasons=4),
+        sample(150, temperature_celsius=70, xids=(79, 31)),
+    )
+    columns = (
+        "time, samples, temperature_celsius_count, temperature_celsius_min, temperature_celsius_max, "
+        "temperature_celsius_mean, clock_event_reasons_min, clock_event_reasons_max, xids, power_watts_count"
+    )
+    midnight = START + 120 * SECOND
+    assert await rolled(db, "gpu_minutes", columns) == [
+        (START, 2, 2, 50, 60, 55, 4, 5, [13], None),
+        (midnight, 1, 1, 70, 70, 70, None, None, [79, 31], None),
+    ]
+    assert await rows(db, "gpu_hours", columns) == [
+        (START - 58 * 60 * SECOND, 2, 2, 50, 60, 55, 4, 5, [13], None),
+        (midnight, 1, 1, 70, 70, 70, None, None, [79, 31], None),
+    ]
+    await store(db, sample(90, temperature_celsius=90))
+    await rolled(db, "gpu_minutes", "1")
+    assert (await rows(db, "gpu_hours", columns))[0][1:6] == (3, 3, 50, 90, pytest.approx(200 / 3))
+
+
+async def test_energy_is_what_the_counter_gained(db: TelemetryDatabase) -> None:
+    """A reset begins at zero, a jump that no GPU makes is power times time, an XID in between disturbs nothing."""
+    counter = [(0, 1e6), (10, 1.5e6), (20, 2e6), (30, 3e5), (40, 9e15)]
+    await store(
+        db,
+        *(sample(at, energy_millijoules=value, power_watts=40) for at, value in counter),
+        sample(15, xids=(13,)),
+    )
+    assert await rolled(db, "gpu_minutes", "joules, seconds") == [(500 + 500 + 300 + 400, 40)]
+
+
+async def test_power_stands_in_for_a_counter(db: TelemetryDatabase) -> None:
+    """Without a counter energy is power times time, idle time that below 5 %; of long silence nothing is known."""
+    await store(
+        db,
+        sample(0, power_watts=100, utilization_percent=90),
+        sample(20, power_watts=200, utilization_percent=4),
+        sample(50, power_watts=200, utilization_percent=50),
+        sample(1000, power_watts=200, utilization_percent=0),
+    )
+    expected = [(150 * 20 + 200 * 30, 50, 20), (None, 0, 0)]
+    assert await rolled(db, "gpu_minutes", "joules, seconds, idle_seconds") == expected
+
+
+async def test_a_late_sample_corrects_the_minute_after(db: TelemetryDatabase) -> None:
+    """In whatever order samples come and roll-ups are made, the result is the one of samples in order."""
+    samples = [
+        sample(n * 7, uuid, energy_millijoules=n * n * 1000.0, utilization_percent=n % 9, power_watts=n)
+        for n in range(60) for uuid in ("GPU-1", "GPU-2")
+    ]  # fmt: skip
+    columns = "gpu_id, time, samples, joules, seconds, idle_seconds, power_watts_mean, energy_millijoules_max"
+    await store(db, *samples)
+    expected = await rolled(db, "gpu_minutes", columns), await rows(db, "gpu_hours", columns)
+    async with db.pool.transaction() as connection:
+        await connection.execute("TRUNCATE gpu_samples, gpu_minutes, gpu_hours")
+    random.shuffle(samples)
+    for first in range(0, len(samples), 13):
+        await store(db, *samples[first : first + 13])
+        await Rollups(db.pool, db.partitions).advance(LATER)
+    found = await rows(db, "gpu_minutes", columns), await rows(db, "gpu_hours", columns)
+    for some, others in zip(found, expected, strict=True):
+        assert len(some) == len(others)
+        for one, other in zip(some, others, strict=True):
+            assert one[:3] == other[:3]
+            assert one[3:] == pytest.approx(other[3:])
+
+
+async def test_a_minute_that_is_not_over_waits(db: TelemetryDatabase) -> None:
+    """A minute is computed once it is over, an hour some minutes after the first of its minutes."""
+    await store(db, sample(0, power_watts=100))
+    rollups = Rollups(db.pool, db.partitions)
+    assert await rollups.advance(START + 60 * SECOND) == 0
+    assert await rollups.advance(START + 80 * SECOND) == 1
+    assert await rows(db, "gpu_hours", "time") == []
+    assert await rollups.advance(LATER) == 1
+    assert await rollups.advance(LATER) == 0
