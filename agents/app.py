@@ -38,6 +38,7 @@ STEPS = {
     "predict": "agents.predict:Predict",
     "store": "agents.store:Store",
     "archive": "agents.archive:Archive",
+    "watch": "agents.watch:WatchStep",
     "record": "agents.record:Record",
     "notify": "agents.notify:Notify",
 }

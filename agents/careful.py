@@ -6,6 +6,7 @@ committed offset:
     ""                       the last owner handed over in good order
     "assigned X"             an owner began at offset X and has committed nothing past it
     "careful X N U"          records before U are read alone; the one at X was started alone N times
+    "alone S N U X"          the same for the record at S, while records from X on are held (`Delivered.buffer`)
 
 A partition assigned again with "assigned X" and still at X has seen an owner die on the spot: its next
 records are suspects and read one at a time, the attempt written down before it starts. Pure.
@@ -43,6 +44,8 @@ class Mark:
             values = [int(number) for number in numbers]
         except ValueError:
             return cls()
+        if kind == "alone" and len(values) == 4 and values[3] == committed:
+            return cls(values[0], values[1], values[2], values[0])
         if not values or values[0] != committed:
             return cls()
         if kind == "assigned" and len(values) == 1:
@@ -74,6 +77,8 @@ class Mark:
 
     def at_commit(self, offset: int) -> str:
         """Metadata to commit with a finished `offset`: suspects that are left stay suspects."""
+        if offset < self.offset < self.until:
+            return f"alone {self.offset} {self.attempts} {self.until} {offset}"
         if not self.suspects(offset):
             return ""
         return f"careful {offset} {self.attempts if offset == self.offset else 0} {self.until}"

@@ -6,7 +6,8 @@ is the bridge. Everything here runs on one event loop.
 
 A record's way: `fetched` (the ledger opens it before any library can drop it) -> `received` (the agent
 saw it) -> `take` (a step has it) -> `claim` (work with effects began) -> `finish`. A hand-over forgets
-what is not claimed (the next owner fetches it again) and waits for the rest.
+what is not claimed (the next owner fetches it again) and waits for the rest. A step that needs later records
+before it can work on one holds it: `take` -> `buffer` -> `claim` -> `release` or `finish`.
 """
 
 import asyncio
@@ -169,7 +170,7 @@ class Delivery:
             )
         new, size_bytes = [], 0
         for record in records:
-            delivered = Delivered(partition, record, self._finish, self._put_back)
+            delivered = Delivered(partition, record, self)
             if partition.ledger.open(record.offset, delivered.size_bytes):
                 partition.pending[record.offset] = delivered
                 size_bytes += delivered.size_bytes
@@ -284,6 +285,10 @@ class Delivery:
         firsts = [next(iter(p.pending.values())) for p in self._partitions.values() if p.pending]
         return time.monotonic() - min((d.received_at for d in firsts), default=time.monotonic())
 
+    def ask_for_ends(self) -> None:
+        """Have `observe_ends` called soon: a step wants to know whether it has read everything."""
+        self._gap.set()
+
     async def wait_for_gap(self, timeout_seconds: float) -> None:
         """Return when fetching passed over offsets that `observe_ends` should explain, or after the timeout."""
         try:
@@ -311,31 +316,57 @@ class Delivery:
             if done is None:
                 done = partition.first
             behind = max(0, start.end - max(done, start.beginning))
+            partition.end, partition.end_seen_at = start.end, time.monotonic()
             lag[partition.topic] = lag.get(partition.topic, 0) + behind
         for topic, records in lag.items():
             metrics.LAG_RECORDS.labels(self._step, topic).set(records)
 
     # Inside
 
-    def _finish(self, delivered: Delivered, outcome: str) -> None:
+    def finished(self, delivered: Delivered, outcome: str) -> None:
+        """See `Owner`."""
         partition = delivered.partition
-        self._inbox.finished(delivered)
+        if not delivered.is_buffered:
+            self._inbox.finished(delivered)
         self._changed.set()
         if not partition.live:
             return
-        partition.attempting = False
+        if not delivered.is_buffered:
+            partition.attempting = False
         partition.ledger.finish(delivered.record.offset)
         if partition.uncommitted_since is None:
             partition.uncommitted_since = time.monotonic()
         metrics.RECORDS_FINISHED.labels(self._step, delivered.lane, outcome).inc()
-        self._make_room(partition.lane, -1, -delivered.size_bytes)
+        if delivered.is_buffered:
+            partition.buffered -= 1
+            partition.buffered_bytes -= delivered.size_bytes
+        else:
+            self._make_room(partition.lane, -1, -delivered.size_bytes)
 
-    def _put_back(self, delivered: Delivered) -> None:
+    def was_buffered(self, delivered: Delivered) -> None:
+        """See `Owner`."""
+        partition = delivered.partition
+        self._settle_attempt(delivered)
+        self._inbox.finished(delivered)
+        partition.buffered += 1
+        partition.buffered_bytes += delivered.size_bytes
+        self._make_room(partition.lane, -1, -delivered.size_bytes)
+        self._changed.set()
+
+    def was_released(self, delivered: Delivered) -> None:
+        """See `Owner`."""
+        self._changed.set()
+
+    def was_put_back(self, delivered: Delivered) -> None:
+        """See `Owner`."""
+        self._settle_attempt(delivered)
+        self._inbox.put_back(delivered)
+        self._changed.set()
+
+    def _settle_attempt(self, delivered: Delivered) -> None:
         partition = delivered.partition
         if partition.attempting and partition.mark.offset == delivered.record.offset:
             partition.mark, partition.attempting = partition.mark.survived(), False
-        self._inbox.put_back(delivered)
-        self._changed.set()
 
     async def _begin_careful(self, delivered: Delivered) -> bool:
         """Write the attempt down, then let the record start alone; reject what has died too often."""
@@ -350,13 +381,16 @@ class Delivery:
             rejection.add_done_callback(self._rejected)
             return False
         attempt = partition.mark.attempt(offset)
+        # Elder records may be held, and only the first of them may be committed.
+        held = partition.ledger.committable
+        head = offset if held is None else min(held, offset)
         # First what is finished elsewhere: a suspect whose end is not written down when the next one kills us
         # would count as one more death with it alone in flight, and be condemned in its stead.
-        written = await self.commit() and await self._mark({partition: (offset, attempt.at_commit(offset))})
+        written = await self.commit() and await self._mark({partition: (head, attempt.at_commit(head))})
         if not written:
             await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
         elif self._inbox.next_suspect() is delivered and not self._handing_over:
-            partition.mark, partition.committed = attempt, offset
+            partition.mark, partition.committed = attempt, head
             partition.attempting = True
             self._inbox.start_alone(delivered)
             metrics.CAREFUL_RECORDS.labels(self._step).inc()
@@ -385,7 +419,9 @@ class Delivery:
         metrics.RECORDS_ABANDONED.labels(self._step).inc(partition.claimed)
         if self._partitions.get(partition.place) is partition:
             del self._partitions[partition.place]
-        self._make_room(partition.lane, -partition.ledger.open_records, -partition.ledger.open_bytes)
+        open_records = partition.ledger.open_records - partition.buffered
+        open_bytes = partition.ledger.open_bytes - partition.buffered_bytes
+        self._make_room(partition.lane, -open_records, -open_bytes)
 
     def _make_room(self, lane: LaneBudget, records: int, size_bytes: int) -> None:
         if lane.add(records, size_bytes):

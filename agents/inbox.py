@@ -92,7 +92,7 @@ class Inbox:
         self._alone = delivered
 
     def finished(self, delivered: Delivered) -> None:
-        """Note that a record in flight has ended; after its last suspect a partition is read normally."""
+        """Note that a record in flight has ended, or is held; after its last suspect a partition is read normally."""
         self._in_flight -= 1
         if self._alone is not delivered:
             return
@@ -119,7 +119,7 @@ class Inbox:
             partition.behind_suspects.clear()
             for delivered in partition.taken:
                 delivered.state = State.FORGOTTEN
-                self._in_flight -= 1
+                self._in_flight -= not delivered.is_buffered
                 if self._alone is delivered:
                     self._alone = None
             partition.taken.clear()

@@ -4,9 +4,11 @@ State only; `delivery.py` moves it.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
+
+import msgspec
 
 from agents.careful import Mark
 from pipeline.events import Record
@@ -79,6 +81,8 @@ class Partition:
     pending: dict[int, "Delivered"] = field(default_factory=dict)  # fetched, not through the agent yet
     taken: set["Delivered"] = field(default_factory=set)
     claimed: int = 0
+    buffered: int = 0  # records in a step's hands without work under way, outside the lane's budget
+    buffered_bytes: int = 0
     open_suspects: int = 0
     behind_suspects: list["Delivered"] = field(default_factory=list)
     marked: bool = False  # the committed metadata says that this ownership may end badly
@@ -87,6 +91,8 @@ class Partition:
     gaps: list[tuple[int, int]] = field(
         default_factory=list
     )  # offsets that fetching passed over, unexplained
+    end: int | None = None  # the offset after the last record, when it was last asked for
+    end_seen_at: float = 0.0  # monotonic
     closing: bool = False  # a hand-over has begun: nothing new enters
     live: bool = True
 
@@ -96,20 +102,30 @@ class Partition:
         return (self.topic, self.number)
 
 
+class Owner(Protocol):
+    """Whom a record tells what becomes of it."""
+
+    def finished(self, delivered: "Delivered", outcome: str) -> None:
+        """All that it causes is durable."""
+
+    def was_put_back(self, delivered: "Delivered") -> None:
+        """It waits again."""
+
+    def was_buffered(self, delivered: "Delivered") -> None:
+        """It is held without work under way."""
+
+    def was_released(self, delivered: "Delivered") -> None:
+        """Work on it has ended and more is to come."""
+
+
 class Delivered:
     """One record in a step's hands."""
 
-    __slots__ = ("_on_finish", "_on_put_back", "partition", "received_at", "record", "size_bytes", "state")
+    __slots__ = ("_owner", "is_buffered", "partition", "received_at", "record", "size_bytes", "state")
 
-    def __init__(
-        self,
-        partition: Partition,
-        record: Record,
-        on_finish: Callable[["Delivered", str], None],
-        on_put_back: Callable[["Delivered"], None],
-    ) -> None:
-        self._on_finish = on_finish
-        self._on_put_back = on_put_back
+    def __init__(self, partition: Partition, record: Record, owner: Owner) -> None:
+        self._owner = owner
+        self.is_buffered = False
         self.partition = partition
         self.record = record
         self.received_at = time.monotonic()
@@ -139,11 +155,33 @@ class Delivered:
         if self.state is State.TAKEN:
             self.partition.taken.discard(self)
             self.state = State.WAITING
-            self._on_put_back(self)
+            self._owner.was_put_back(self)
+
+    def buffer(self) -> None:
+        """Hold a record that was taken until others have come; a hand-over may still take it back.
+
+        The step has drawn from it what it needs: its value is let go, it counts neither as in flight nor against
+        the budget of its lane, and it has proved that it does not kill its worker.
+        """
+        if self.state is State.TAKEN and not self.is_buffered:
+            self.is_buffered = True
+            self.record = msgspec.structs.replace(self.record, value=None, headers=())
+            self._owner.was_buffered(self)
+
+    def release(self) -> None:
+        """End work on a claimed, buffered record that is not finished by it: a hand-over may take it back again."""
+        if self.state is State.CLAIMED:
+            self.partition.claimed -= 1
+            if self.partition.closing:
+                self.state = State.FORGOTTEN
+            else:
+                self.state = State.TAKEN
+                self.partition.taken.add(self)
+            self._owner.was_released(self)
 
     def finish(self, outcome: str) -> None:
         """Acknowledge a claimed record: all it causes is durable. Ignored after a hand-over's deadline."""
         if self.state is State.CLAIMED:
             self.partition.claimed -= 1
             self.state = State.FINISHED
-            self._on_finish(self, outcome)
+            self._owner.finished(self, outcome)

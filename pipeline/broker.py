@@ -199,8 +199,12 @@ class Publisher:
                 f"within {self._timeout_seconds:g} s"
             ) from None
 
-    async def publish_forever(self, topic: str, outgoing: Outgoing, *, step: str) -> Place:
+    async def publish_forever(
+        self, topic: str, outgoing: Outgoing, *, step: str, partition: int | None = None
+    ) -> Place:
         """Publish, waiting out every failure of the broker; a record that waits is not sent twice.
+
+        Without `partition` the key decides.
 
         Raises:
             RecordTooLargeError: client or broker refuse the size.
@@ -209,7 +213,7 @@ class Publisher:
         while True:
             with self._telling(topic, step):
                 try:
-                    return await self._deliver(topic, outgoing)
+                    return await self._deliver(topic, outgoing, partition)
                 except DependencyError as error:
                     if self._stopped:
                         raise
@@ -235,7 +239,7 @@ class Publisher:
         finally:
             timer.cancel()
 
-    async def _deliver(self, topic: str, outgoing: Outgoing) -> Place:
+    async def _deliver(self, topic: str, outgoing: Outgoing, partition: int | None = None) -> Place:
         """Send until acknowledged or refused, by as many producers as it takes."""
         size = record_bytes(outgoing)
         while self._held_bytes and self._held_bytes + size > MAX_UNACKNOWLEDGED_BYTES:
@@ -246,7 +250,7 @@ class Publisher:
             for delay in backoff_seconds(longest=2.0):
                 try:
                     connection = await self._connect()
-                    place = await self._try(connection, topic, outgoing, size)
+                    place = await self._try(connection, topic, outgoing, size, partition)
                     if place is not None:
                         return place
                 except (KafkaError, OSError, TimeoutError, UnreachableError) as error:
@@ -257,7 +261,9 @@ class Publisher:
             self._held_bytes -= size
             self._room.set()
 
-    async def _try(self, connection: _Connection, topic: str, outgoing: Outgoing, size: int) -> Place | None:
+    async def _try(
+        self, connection: _Connection, topic: str, outgoing: Outgoing, size: int, partition: int | None
+    ) -> Place | None:
         """Send by one producer; None when it was given up before the record arrived."""
         await connection.require(topic)
         timestamp_ms = time.time_ns() // 1_000_000
@@ -265,7 +271,12 @@ class Publisher:
         value = b"" if outgoing.key is None and outgoing.value is None else outgoing.value
         try:
             future = await connection.producer.send(
-                topic, value, outgoing.key, timestamp_ms=timestamp_ms, headers=list(outgoing.headers)
+                topic,
+                value,
+                outgoing.key,
+                partition,
+                timestamp_ms=timestamp_ms,
+                headers=list(outgoing.headers),
             )
         except MessageSizeTooLargeError:
             raise RecordTooLargeError(

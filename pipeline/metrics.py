@@ -16,7 +16,7 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RECORDS_OPENED = Counter("millrace_records_opened", "Records received from Kafka.", ["step", "lane"])
 RECORDS_FINISHED = Counter(
     "millrace_records_finished",
-    "Records finished, by outcome: predicted, expired, dead_lettered, stored, archived, skipped.",
+    "Records finished, by outcome: predicted, expired, dead_lettered, stored, archived, watched, late, skipped.",
     ["step", "lane", "outcome"],
 )
 RECORDS_FORGOTTEN = Counter(
@@ -105,6 +105,16 @@ SAMPLES_DROPPED = Counter(
     "GPU samples, or values of samples, that were left out, by reason.",
     ["step", "reason"],
 )
+WINDOWS_CLOSED = Counter(
+    "millrace_windows_closed",
+    "Windows of a key that closed, by why: watermark, silence, pressure; event: an XID error.",
+    ["cause"],
+)
+WINDOW_SCORE_SECONDS = Histogram(
+    "millrace_window_score_seconds", "Aggregating and scoring windows that close together.", buckets=_SECONDS
+)
+WATCH_HELD_SAMPLES = Gauge("millrace_watch_held_samples", "Samples in windows that have not closed.")
+WATCH_GPUS = Gauge("millrace_watch_gpus", "GPUs that this worker keeps an eye on.")
 ALERT_STEPS = Counter(
     "millrace_alert_steps",
     "Alerts that became pending, firing or resolved, by severity.",

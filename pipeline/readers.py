@@ -272,6 +272,43 @@ async def read_back(
         await consumer.stop()
 
 
+async def read_from(
+    settings: Settings, topic: str, partition: int, first: Callable[[int, int], int]
+) -> AsyncIterator[Record]:
+    """Yield the committed records of a partition up to its present end.
+
+    `first` is given where the partition begins and ends, and says where to begin.
+
+    Raises:
+        DependencyError: no broker answers, or the partition is missing.
+    """
+    place = TopicPartition(topic, partition)
+    if place not in await partitions_of(settings, [topic]):
+        raise DependencyError(f"topic {topic} has no partition {partition}")
+    consumer = AIOKafkaConsumer(
+        **client_options(settings), group_id=None, enable_auto_commit=False, isolation_level="read_committed",
+        auto_offset_reset="earliest", fetch_max_bytes=_FETCH_BYTES, fetch_max_wait_ms=100,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await consumer.start()
+            # Lets aiokafka's own tasks begin: stopping a consumer before they did raises CancelledError.
+            await asyncio.sleep(0)
+            beginning = (await consumer.beginning_offsets([place]))[place]
+            end = (await consumer.end_offsets([place]))[place]
+        consumer.assign([place])
+        consumer.seek(place, max(beginning, first(beginning, end)))
+        while await consumer.position(place) < end:
+            fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_MAX_RECORDS)
+            for message in fetched.get(place, ()):
+                if message.offset < end:
+                    yield to_record(message)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise unreachable(settings, error) from None
+    finally:
+        await consumer.stop()
+
+
 async def read_all(
     settings: Settings,
     topic: str,

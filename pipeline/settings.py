@@ -195,6 +195,25 @@ class Settings(BaseSettings):
     )
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$", description="Currency of the prices (ISO 4217).")
 
+    # GPU telemetry: watch
+    watch_window_seconds: Annotated[float, Field(ge=0.1, le=3600)] = Field(
+        60.0, description="Length of the windows that `watch` makes of samples."
+    )
+    watch_lateness_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        20.0,
+        description="How long after a window's end, by the clock of its samples, more of them may come.",
+    )
+    watch_silence_seconds: Annotated[float, Field(ge=1, le=24 * 3600)] = Field(
+        120.0, description="The windows of a host (or what else the key is) that is silent for so long close."
+    )
+    watch_max_samples: Count = Field(
+        500_000,
+        description="Samples that a partition may hold in open windows; beyond it the oldest close early.",
+    )
+    rules_file: Path | None = Field(
+        None, description="YAML with rules that add to those that are built in, or replace them."
+    )
+
     # Retention
     result_retention_days: Annotated[float, Field(gt=0, le=36_500)] = Field(
         90.0,

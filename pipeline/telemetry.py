@@ -167,6 +167,9 @@ class Windows(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gpus: Annotated[tuple[GpuWindow, ...], msgspec.Meta(min_length=1)]
     #: Of the rules that were applied.
     rules_version: Name = "0"
+    #: Which of how many records of the same window this is: a key with very many GPUs needs several.
+    part: Annotated[int, msgspec.Meta(ge=0)] = 0
+    parts: Annotated[int, msgspec.Meta(ge=1)] = 1
 
     @property
     def is_event(self) -> bool:

@@ -9,6 +9,6 @@ the last window of a key carries. The same samples give the same windows, number
 """
 
 from pipeline.detection.rules import RuleBook, load_rules
-from pipeline.detection.watch import Closed, Watch, WatchOptions, close_all
+from pipeline.detection.watch import Closed, Closing, Fed, Watch, WatchOptions, close_all
 
-__all__ = ["Closed", "RuleBook", "Watch", "WatchOptions", "close_all", "load_rules"]
+__all__ = ["Closed", "Closing", "Fed", "RuleBook", "Watch", "WatchOptions", "close_all", "load_rules"]

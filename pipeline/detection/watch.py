@@ -138,6 +138,11 @@ class Watch:
         """Keys with an open window."""
         return {key for key, _ in self._begun}
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs are known."""
+        return sum(len(roster.row_of) for roster in self.rosters.values())
+
     def close_silent(self, keys: Iterable[str]) -> list[Closing]:
         """Close all windows of keys that are known to be silent."""
         closings: list[Closing] = []

@@ -171,7 +171,17 @@ def test_names_get_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_units_are_in_names() -> None:
     """A number with a unit has it in its name."""
     units = ("_seconds", "_bytes", "_days", "_pixels", "_megabytes")
-    unitless = ("_port", "_factor", "_partitions", "_size", "_records", "_embeddings", "_threads", "_faults")
+    unitless = (
+        "_port",
+        "_factor",
+        "_partitions",
+        "_size",
+        "_records",
+        "_embeddings",
+        "_samples",
+        "_threads",
+        "_faults",
+    )
     for name, field in Settings.model_fields.items():
         kinds = {field.annotation, *get_args(field.annotation)} & {int, float}
         assert not kinds or name.endswith(units + unitless), name
