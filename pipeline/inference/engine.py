@@ -17,6 +17,7 @@ import torch
 from pipeline import logs, metrics
 from pipeline.batching import Batcher
 from pipeline.cost_model import CostModel
+from pipeline.energy import meter_of
 from pipeline.errors import FatalError
 from pipeline.imaging import Limits
 from pipeline.inference.decoding import Decoder
@@ -86,6 +87,7 @@ class Engine:
     ) -> None:
         self._options = options
         self._deliver_outcomes = deliver
+        self._meter = meter_of(options.device)  # before any pass, as it takes what the GPU draws for idle
         self._swap = Swap(self._forward_of(models))
         self._device = Device(
             hang_seconds=options.batch_hang_seconds,
@@ -197,7 +199,7 @@ class Engine:
 
     def _forward_of(self, models: Sequence[Model]) -> Forward:
         device, threads = self._options.device, torch_threads(models, self._options.torch_threads)
-        return Forward(models, device, threads if device.type == "cpu" else 0)
+        return Forward(models, device, threads if device.type == "cpu" else 0, self._meter)
 
     def _room(self) -> int:
         """Return how many records may wait for the device."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline import metrics
 from pipeline.batching import CutReason
+from pipeline.energy import Energy, EnergyMeter
 from pipeline.errors import ConfigurationError, FatalError, ImageError, MillraceError, ModelError
 from pipeline.events import Box, ImageEvent, ModelResult, Receipt, Record, encode_embedding
 from pipeline.imaging import Picture, View
@@ -57,6 +58,21 @@ class Report:
     fatal: FatalError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass that went well; `size` is the number of records in it."""
+
+    size: int
+    cut: CutReason
+    started_at: float
+    seconds: float
+    energy: Energy
+
+    def share(self, joules: float | None) -> float | None:
+        """Return a record's part."""
+        return None if joules is None else round(joules / self.size, 6)
+
+
 class _WrongOutputError(Exception):
     """A model broke its protocol on this batch."""
 
@@ -64,11 +80,18 @@ class _WrongOutputError(Exception):
 class Forward:
     """Runs batches through the models; not thread-safe."""
 
-    def __init__(self, models: Sequence[Model], device: torch.device, torch_threads: int = 0) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        device: torch.device,
+        torch_threads: int = 0,
+        meter: EnergyMeter | None = None,
+    ) -> None:
         self.views: tuple[View, ...] = tuple(dict.fromkeys(model.view for model in models))
         #: The CPU threads of a pass; 0: as many as torch uses by itself.
         self.torch_threads = torch_threads
         self._models = tuple(models)
+        self._meter = meter
         self._device = device
         self._device_name = str(device)
         self._at_work = ""
@@ -111,8 +134,12 @@ class Forward:
         started_at = self.pass_started_at = time.monotonic()
         reason, is_memory, is_output = None, False, False
         results: list[tuple[ModelResult, ...] | None] = []
+        energy = Energy()
         try:
+            begun = None if self._meter is None else self._meter.begin()
             results = self._pass(works)
+            if self._meter is not None and begun is not None:
+                energy = self._meter.end(begun)
         except Exception as error:  # a model may raise anything
             reason, is_memory = self._reason(error), _is_out_of_memory(error)
             is_output = isinstance(error, _WrongOutputError)
@@ -123,7 +150,7 @@ class Forward:
         if reason is None:
             if len(works) == len(report.batch.works):
                 report.seconds = seconds
-            self._note_results(works, results, cut, report, started_at, seconds)
+            self._note_results(works, results, report, _Pass(len(works), cut, started_at, seconds, energy))
             return
         if is_memory:
             cut = "memory"
@@ -142,15 +169,13 @@ class Forward:
         self,
         works: list[Work],
         results: list[tuple[ModelResult, ...] | None],
-        cut: CutReason,
         report: Report,
-        started_at: float,
-        seconds: float,
+        done: _Pass,
     ) -> None:
         suspects = []
         for work, result in zip(works, results, strict=True):
             if result is not None:
-                receipt = self._receipt(work, report.batch.id, len(works), cut, started_at, seconds)
+                receipt = self._receipt(work, report.batch.id, done)
                 report.outcomes.append((work, Predicted(result, receipt)))
             elif len(works) > 1:
                 suspects.append(work)
@@ -158,7 +183,7 @@ class Forward:
                 reason = f"{self._at_work}: its output is not a finite number"
                 report.outcomes.append((work, Failed(self._blame(reason))))
         for work in suspects:  # alone, because a neighbour's overflow may have spoiled it
-            self._evaluate([work], cut, report)
+            self._evaluate([work], done.cut, report)
 
     def _blame(self, reason: str) -> MillraceError:
         """Say whose fault outputs are that make no sense for a record alone: its own, or the models'."""
@@ -206,13 +231,11 @@ class Forward:
             batch = batch.pin_memory().to(self._device, non_blocking=True)
         return batch.permute(0, 3, 1, 2)  # (N, 3, H, W) uint8, channels last in memory
 
-    def _receipt(
-        self, work: Work, batch_id: str, batch_size: int, cut: CutReason, started_at: float, seconds: float
-    ) -> Receipt:
+    def _receipt(self, work: Work, batch_id: str, done: _Pass) -> Receipt:
         request, picture = work.request, work.picture
         assert picture is not None
         queue_seconds = max(
-            0.0, work.decode_started_at - request.received_at + started_at - work.decode_ended_at
+            0.0, work.decode_started_at - request.received_at + done.started_at - work.decode_ended_at
         )
         self._queue_seconds[request.lane].observe(queue_seconds)
         return Receipt(
@@ -224,13 +247,16 @@ class Forward:
             width=picture.width,
             height=picture.height,
             batch_id=batch_id,
-            batch_size=batch_size,
-            batch_cut=cut,
+            batch_size=done.size,
+            batch_cut=done.cut,
             device=self._device_name,
             queue_seconds=round(queue_seconds, 6),
-            batch_wait_seconds=round(max(0.0, started_at - work.decode_ended_at), 6),
+            batch_wait_seconds=round(max(0.0, done.started_at - work.decode_ended_at), 6),
             decode_seconds=round(work.decode_ended_at - work.decode_started_at, 6),
-            forward_seconds=round(seconds, 6),
+            forward_seconds=round(done.seconds, 6),
+            gpu_uuid=done.energy.gpu_uuid,
+            joules=done.share(done.energy.joules),
+            idle_joules=done.share(done.energy.idle_joules),
         )
 
     def _reason(self, error: Exception) -> str:

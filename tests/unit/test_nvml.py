@@ -1,12 +1,10 @@
 """GPUs by the real pynvml against a library that follows a script: units, faults, MIG, XID errors."""
 
-import ctypes
 import queue
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pynvml
 import pytest
 
 from pipeline import dcgm, nvml
@@ -30,18 +28,6 @@ EXPECTED = {
     "nvlink_crc_flit_errors": 11, "nvlink_crc_data_errors": 12, "nvlink_replays": 13, "nvlink_recoveries": 14,
 }  # fmt: skip
 Opened = Callable[[], nvml.Nvml]
-
-
-@pytest.fixture
-def script(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Return a script of two GPUs that the library of this process follows."""
-    script = Script(tmp_path / "script")
-    monkeypatch.setenv("NVML_STAND_IN", str(script.path))
-    monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(nvml_library)))
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    monkeypatch.setattr(nvml, "_FIRST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(nvml, "_WAIT_MILLISECONDS", 20)
-    return script
 
 
 @pytest.fixture
