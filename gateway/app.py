@@ -17,7 +17,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse, Response
 
-from gateway import images, models, operations, predictions, problems, search, views
+from gateway import alerts, images, models, operations, predictions, problems, search, telemetry, views
 from gateway.auth import Keys
 from gateway.boundary import Boundary
 from gateway.intake import PUBLISH_SECONDS, Intake, RowWriter
@@ -68,7 +68,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
     app.state.objects = ObjectStore.open(settings)
     app.state.memory = Memory(settings.max_image_bytes)
-    routers = (images.router, predictions.router, search.router, models.router, operations.router)
+    routers = (
+        images.router, predictions.router, search.router, models.router, telemetry.router, alerts.router,
+        operations.router,
+    )  # fmt: skip
     for router in routers:
         app.include_router(router)
     _add_docs(app)

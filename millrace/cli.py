@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millrace import cli_collect, cli_feed, cli_measure, cli_models, cli_operations, cli_search
+from millrace import cli_collect, cli_feed, cli_gpus, cli_measure, cli_models, cli_operations, cli_search
 from millrace.command import Json, run
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ app.add_typer(publish_app, name="publish")
 app.add_typer(predictions_app, name="predictions")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(dead_letters_app, name="dead-letters")
+app.add_typer(cli_gpus.gpus_app, name="gpus")
+app.add_typer(cli_gpus.alerts_app, name="alerts")
 
 
 class LaneName(StrEnum):

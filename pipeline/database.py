@@ -68,6 +68,11 @@ class Database:
                 raise
         return database
 
+    @property
+    def pool(self) -> Pool:
+        """The connections, for reads that have a module of their own."""
+        return self._pool
+
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
         await self._pool.close()
