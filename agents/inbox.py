@@ -92,7 +92,7 @@ class Inbox:
         self._alone = delivered
 
     def finished(self, delivered: Delivered) -> None:
-        """Note that a record in flight has ended, or is held; a partition without suspects left is read normally."""
+        """Note that a record in flight has ended or is held; without suspects left a partition is read normally."""
         self._in_flight -= 1
         if self._alone is not delivered:
             return
