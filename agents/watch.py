@@ -17,7 +17,17 @@ from agents.window_log import WindowLog, read_windows
 from pipeline import events, logs, metrics, telemetry
 from pipeline.broker import Publisher
 from pipeline.connections import backoff_seconds
-from pipeline.detection import Closed, Closing, Fed, Watch, WatchOptions, close_all, load_rules
+from pipeline.detection import (
+    Closed,
+    Closing,
+    Fed,
+    Watch,
+    WatchOptions,
+    WindowModel,
+    close_all,
+    load_rules,
+    load_window_model,
+)
 from pipeline.errors import ContractError, DependencyError, MillraceError
 from pipeline.models import resolve_device
 from pipeline.settings import Settings
@@ -81,14 +91,21 @@ class WatchStep:
             max_samples=settings.watch_max_samples,
         )
         self._device = torch.device("cpu")
+        self._model: WindowModel | None = None
         self._tick_seconds = min(MAX_TICK_SECONDS, settings.watch_silence_seconds / 8)
         self._owned: dict[Partition, Owned] = {}
 
     async def start(self) -> None:
         """Wait for the broker."""
-        self._device = resolve_device(self._settings.device)
+        settings = self._settings
+        self._device = resolve_device(settings.device)
         # Tensors of some hundred GPUs: a second thread costs more than it gives.
-        torch.set_num_threads(self._settings.torch_threads or 1)
+        torch.set_num_threads(settings.torch_threads or 1)
+        if settings.watch_model is not None:
+            self._model = load_window_model(
+                settings.watch_model, self._device, allow_python=settings.allow_python_models
+            )
+            log.info("windows are scored by a model", model=self._model.name, version=self._model.version)
         await self._publisher.start()
 
     async def stop(self) -> None:
@@ -214,7 +231,7 @@ class WatchStep:
         if not closings:
             return
         with metrics.WINDOW_SCORE_SECONDS.time():
-            rounds = await asyncio.to_thread(close_all, closings, self._device)
+            rounds = await asyncio.to_thread(close_all, closings, self._device, self._model)
         for together in rounds:
             await asyncio.gather(*(self._finish(closed) for closed in together))
 

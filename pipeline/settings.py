@@ -210,6 +210,10 @@ class Settings(BaseSettings):
         500_000,
         description="Samples that a partition may hold in open windows; beyond it the oldest close early.",
     )
+    watch_model: str | None = Field(
+        None,
+        description="Learned model that scores windows: file:PATH (an autoencoder) or python:MODULE:ATTRIBUTE.",
+    )
     rules_file: Path | None = Field(
         None, description="YAML with rules that add to those that are built in, or replace them."
     )

@@ -8,7 +8,19 @@ It knows neither Kafka nor a clock: everything follows from the samples, in thei
 the last window of a key carries. The same samples give the same windows, number for number.
 """
 
+from pipeline.detection.learned import WindowModel, load_window_model
 from pipeline.detection.rules import RuleBook, load_rules
 from pipeline.detection.watch import Closed, Closing, Fed, Watch, WatchOptions, close_all
 
-__all__ = ["Closed", "Closing", "Fed", "RuleBook", "Watch", "WatchOptions", "close_all", "load_rules"]
+__all__ = [
+    "Closed",
+    "Closing",
+    "Fed",
+    "RuleBook",
+    "Watch",
+    "WatchOptions",
+    "WindowModel",
+    "close_all",
+    "load_rules",
+    "load_window_model",
+]

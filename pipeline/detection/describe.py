@@ -33,6 +33,7 @@ class Describer:
         self._is_whole: list[bool] = np.all(found.count[:, used] > 0, axis=1).tolist()
         self._peer_scores = scored.peer_score.tolist()
         self._history_scores = scored.history_score.tolist()
+        self._model_scores = given.model.tolist()
         known = ~np.isnan(scored.state)
         self._widths = np.where(
             known.any(axis=1), known.shape[1] - np.argmax(known[:, ::-1], axis=1), 0
@@ -76,7 +77,11 @@ class Describer:
         return {name: value for name, value in zip(self._names, found, strict=True) if value.count}
 
     def _scores(self, place: int) -> dict[str, float]:
-        scores = {"peers": self._peer_scores[place], "history": self._history_scores[place]}
+        scores = {
+            "peers": self._peer_scores[place],
+            "history": self._history_scores[place],
+            "model": self._model_scores[place],
+        }
         return {name: score for name, score in scores.items() if not math.isnan(score)}
 
     def _state(self, place: int, member: Member, held: Mapping[int, tuple[int, int]]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ DERIVED: dict[str, tuple[str, str]] = {
     "busy_percent": ("%", "utilization, else the graphics engine's share"),
     "peers_utilization_percent": ("%", "median utilization of the GPUs that share the key"),
     "allocated": ("", "1: memory is held, or labels name a container, pod or job; 0: nobody uses it"),
+    "model_score": ("", "what the learned model says, where one is configured"),
     "lost": ("", "1: the driver lost it, or it sends nothing while its host goes on; 0: it is there"),
 }
 Decoded = TypeVar("Decoded")

@@ -32,6 +32,7 @@ class Given:
     ends: NDArray[np.int64]  # (N,)
     assigned: NDArray[np.bool_]  # (N,) labels say that somebody uses it
     lost: NDArray[np.float64]  # (N,) 1, 0, or NaN: not known
+    model: NDArray[np.float64]  # (N,) score of the learned model; NaN without one
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class _Pass:
         self.groups = tensor(given.groups)
         self.starts, self.ends = tensor(given.starts).double(), tensor(given.ends).double()
         self.assigned, self.lost = tensor(given.assigned), tensor(given.lost)
+        self.model = tensor(given.model)
         self.statistics = {
             "mean": tensor(found.mean), "minimum": tensor(found.minimum), "maximum": tensor(found.maximum),
             "last": tensor(found.last),
@@ -171,6 +173,7 @@ class _Pass:
             if utilization is None
             else self.peers.median[:, utilization],
             "allocated": torch.where(self.assigned, torch.where(self.present, 1.0, torch.nan), held),
+            "model_score": self.model,
             "lost": self.lost,
         }
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.detection import describe
 from pipeline.detection.aggregates import Chunk, Integers, aggregate
+from pipeline.detection.learned import WindowModel, score_windows
 from pipeline.detection.plan import MICROSECONDS, Plan, microseconds, moment
 from pipeline.detection.roster import Member, OpenWindow, Roster, XidEvent
 from pipeline.detection.rules import RuleBook
@@ -115,6 +116,9 @@ class Watch:
     def feed(self, token: Hashable, key: str, samples: Samples, published_ms: int) -> Fed:
         """Add a record's samples to its key's windows, and close what can take no more."""
         fed = Fed()
+        if not self._clock_ms:
+            # Keys whose state was read back were heard of at some time that is not known: begin to count now.
+            self._active = OrderedDict.fromkeys(self._active, published_ms)
         self._clock_ms = max(self._clock_ms, published_ms)
         roster = self.rosters.get(key)
         if roster is None:
@@ -301,7 +305,9 @@ class Watch:
         )
 
 
-def close_all(closings: Sequence[Closing], device: torch.device = _CPU) -> list[list[Closed]]:
+def close_all(
+    closings: Sequence[Closing], device: torch.device = _CPU, model: WindowModel | None = None
+) -> list[list[Closed]]:
     """Score windows that take no more samples, as few passes as there are windows of one key.
 
     Each inner list is to be published, in any order, before the next: they follow each other in their keys.
@@ -314,10 +320,10 @@ def close_all(closings: Sequence[Closing], device: torch.device = _CPU) -> list[
         if number == len(rounds):
             rounds.append([])
         rounds[number].append(closing)
-    return [_close(together, device) for together in rounds]
+    return [_close(together, device, model) for together in rounds]
 
 
-def _close(closings: Sequence[Closing], device: torch.device) -> list[Closed]:
+def _close(closings: Sequence[Closing], device: torch.device, model: WindowModel | None) -> list[Closed]:
     plan = closings[0].roster.plan
     sizes = [len(closing.rows) for closing in closings]
     offsets = np.r_[0, np.cumsum(sizes)]
@@ -328,7 +334,12 @@ def _close(closings: Sequence[Closing], device: torch.device) -> list[Closed]:
         chunks += [Chunk(place[c.rows], c.times, c.columns, c.values) for c in closing.window.chunks]
     state = np.concatenate([closing.roster.state[closing.rows] for closing in closings])
     found = aggregate(plan, int(offsets[-1]), chunks, state[:, plan.layout.carried])
+    scores = np.full(len(state), np.nan)
+    if model is not None and len(state):
+        scores = score_windows(model, found.mean, device)
+        scores[found.samples == 0] = np.nan
     given = Given(
+        model=scores,
         state=state,
         groups=_groups(closings),
         starts=np.repeat([closing.window.start for closing in closings], sizes),

@@ -7,10 +7,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from pipeline.detection import RuleBook, Watch, WatchOptions, close_all, load_rules
+from pipeline.detection import (
+    RuleBook,
+    Watch,
+    WatchOptions,
+    close_all,
+    document,
+    load_rules,
+    load_window_model,
+)
 from pipeline.errors import ConfigurationError
 from pipeline.telemetry import Gpu, Sample, Samples, Windows
 from tests.support.gpus import START, Fault, by_gpu, conditions, feed, record, uuid
@@ -186,6 +196,22 @@ def test_state_that_is_read_back_continues_as_if_nothing_had_happened(cut: int, 
     ]
 
 
+def test_every_key_that_is_read_back_goes_on() -> None:
+    """A record of one key does not make a worker forget the state of the others, however old it is."""
+    first = Watch(BOOK)
+    hosts = ("node-1", "node-2")
+    closed = [
+        w for host in hosts for w in feed(first, (record(s, host=host) for s in range(0, 100, 10)), host)
+    ]
+    second = Watch(BOOK)
+    second.restore(window.windows for window in closed)
+    now_ms = 1_900_000_000_000
+    for host in hosts:
+        second.feed(host, host, record(100, host=host), now_ms)
+    assert {key: len(roster.members) for key, roster in second.rosters.items()} == dict.fromkeys(hosts, 8)
+    assert all((roster.state[:, 0] > 0).all() for roster in second.rosters.values())
+
+
 def test_late_samples_are_counted_and_not_scored() -> None:
     """What comes after its window closed changes nothing and is finished at once."""
     watch = Watch(BOOK)
@@ -289,6 +315,12 @@ def test_other_models_are_no_peers() -> None:
     assert scored == {uuid(g) for g in range(6)}
 
 
+def test_the_page_of_rules_is_current() -> None:
+    """docs/detection.md has the rules as they are (`python -m pipeline.detection.document`)."""
+    page = (Path(__file__).parents[2] / document.PAGE).read_text()
+    assert document.render(page, BOOK) == page
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
@@ -347,3 +379,60 @@ def test_an_operators_rule(tmp_path: Path) -> None:
         (uuid(3), "hot_inlet", "33.0 C")
     }
     assert by_gpu(closed)[uuid(3), START].values["inlet_celsius"].mean == 33.0
+
+
+def make_autoencoder(path: Path) -> None:
+    """Train a tiny autoencoder on healthy windows and save it."""
+    features = ["temperature_celsius", "power_watts", "sm_clock_mhz"]
+    closed = feed(Watch(BOOK), (record(s) for s in range(0, 1800, 10)))
+    data = torch.tensor([[gpu.values[name].mean for name in features] for gpu in by_gpu(closed).values()])
+    mean, scale = data.mean(0), data.std(0)
+    torch.manual_seed(1)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 3))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
+    normal = (data - mean) / scale
+    for _ in range(150):
+        optimizer.zero_grad()
+        (network(normal) - normal).square().mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    layers = {
+        f"{n}.{part}": getattr(network[2 * n], part).detach() for n in range(2) for part in ("weight", "bias")
+    }
+    metadata = {"features": msgspec.json.encode(features).decode()}
+    save_file({"mean": mean, "scale": scale, **layers}, path, metadata)
+
+
+def test_a_learned_model_scores_windows(tmp_path: Path) -> None:
+    """A trained autoencoder finds a window unlike those it knows stranger, and a rule may use its score."""
+    make_autoencoder(tmp_path / "model.safetensors")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "version: '1'\nreplace: true\nrules: [{name: strange, severity: warning, when: [{field: model_score, "
+        "above: 4}], message: 'score {value:.1f}', action: inspect, runbook: r, source: s}]"
+    )
+    model = load_window_model(
+        f"file:{tmp_path / 'model.safetensors'}", torch.device("cpu"), allow_python=False
+    )
+    watch, closed = Watch(load_rules(rules)), []
+    for s in range(0, 600, 10):
+        fault = faulty(300, {"temperature_celsius": 75.0, "power_watts": 520.0})
+        fed = watch.feed(s, "node-1", record(s, fault), s * 1000)
+        closed += [window for together in close_all(fed.closings, model=model) for window in together]
+    assert {(minute, gpu, c.rule) for minute, gpu, c in conditions(closed)} == {
+        (minute, uuid(3), "strange") for minute in range(5, 9)
+    }
+    assert all(gpu.scores["model"] < 3 for (name, _), gpu in by_gpu(closed).items() if name != uuid(3))
+
+
+@pytest.mark.parametrize(
+    ("specification", "fault"),
+    [
+        ("file:nothing.safetensors", "No such file"),
+        ("builtin:quality", "neither file:PATH nor python"),
+        ("python:tests.support.gpus:healthy", "MILLRACE_WATCH_MODEL: .*ALLOW_PYTHON_MODELS"),
+    ],
+)
+def test_a_learned_model_that_cannot_be_used(specification: str, fault: str) -> None:
+    """What is wrong with a model is told in one line."""
+    with pytest.raises(ConfigurationError, match=fault):
+        load_window_model(specification, torch.device("cpu"), allow_python=False)
