@@ -3,7 +3,6 @@
 A test keeps the page current.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -22,9 +21,8 @@ def render(page: str, book: RuleBook) -> str:
         ("floors", _floors(book)),
     ):
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        page = re.sub(
-            f"{begin}.*?{end}", lambda _, t=table, b=begin, e=end: f"{b}\n{t}\n{e}", page, flags=re.DOTALL
-        )
+        before, _, rest = page.partition(begin)
+        page = before + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
     return page
 
 

@@ -393,7 +393,7 @@ def make_autoencoder(path: Path) -> None:
     normal = (data - mean) / scale
     for _ in range(150):
         optimizer.zero_grad()
-        (network(normal) - normal).square().mean().backward()  # type: ignore[no-untyped-call]
+        (network(normal) - normal).square().mean().backward()
         optimizer.step()
     layers = {
         f"{n}.{part}": getattr(network[2 * n], part).detach() for n in range(2) for part in ("weight", "bias")
