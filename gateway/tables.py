@@ -27,6 +27,7 @@ NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 MAX_LIMIT = 1000
 _RELATIVE = re.compile(r"now(?:-([0-9]{1,9})(ms|s|m|h|d|w))?")
 _DURATION = re.compile(r"([0-9]{1,9})(s|m|h|d)")
+MAX_FIELDS = 200
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _FIELD = re.compile(r"[A-Za-z_:][A-Za-z0-9_:.]{0,127}")
 _UUID = re.compile(r"[!-~]{1,128}")
@@ -140,7 +141,10 @@ def fields_of(given: str | None) -> tuple[list[str], list[str]] | None:
         return None
     known: list[str] = []
     others: list[str] = []
-    for name in dict.fromkeys(part.strip() for part in given.split(",")):
+    names = dict.fromkeys(part.strip() for part in given.split(","))
+    if len(names) > MAX_FIELDS:
+        raise Problem("invalid_request", f"fields: at most {MAX_FIELDS} at once.")
+    for name in names:
         field = dcgm.find(name)
         if field is None and not _FIELD.fullmatch(name):
             raise Problem("invalid_request", f"fields: {name[:80]!r} cannot be the name of a field.")

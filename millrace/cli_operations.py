@@ -78,7 +78,9 @@ def topics_apply(as_json: Json = False) -> None:
 
 @app.command()
 def worker(
-    step: Annotated[str, typer.Argument(metavar="STEP", help="predict, store or archive.")],
+    step: Annotated[
+        str, typer.Argument(metavar="STEP", help="predict, store, archive, watch, record or notify.")
+    ],
     deployment: Annotated[str | None, typer.Option(help="Name of the set of models (predict).")] = None,
     models: Annotated[str | None, typer.Option(help="Models, comma-separated (predict).")] = None,
 ) -> None:

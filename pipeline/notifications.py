@@ -183,6 +183,12 @@ async def notifications(pool: Pool, alert_ids: Sequence[str]) -> list[Notificati
     return [Notification(**row) for row in await pool.rows("notifications_of_alerts", list(alert_ids))]
 
 
+async def expire(pool: Pool, before: datetime, limit: int) -> int:
+    """Delete up to so many transitions settled before a moment, and silences that ended; call until it is 0."""
+    (row,) = await pool.rows("expire_notifications", before, limit)
+    return int(row["rows"])
+
+
 async def silences(pool: Pool, *, every: bool, limit: int, before: int | None = None) -> list[Silence]:
     """Return silences that hold or will, or `every` one, newest first."""
     return [_silence(row) for row in await pool.rows("silences", every, limit, before)]

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
+from pipeline import notifications
 from pipeline.partitions import GPU_HOURS, GPU_MINUTES, GPU_SAMPLES, GPU_WINDOWS, Partitioned
 from pipeline.settings import Settings
 from pipeline.telemetry_database import TelemetryDatabase
@@ -61,7 +62,7 @@ async def expired(
 async def remove_expired(
     database: TelemetryDatabase, settings: Settings, now: datetime | None = None
 ) -> RemovedTelemetry:
-    """Drop partitions that are wholly too old, and delete alerts that were resolved long ago.
+    """Drop partitions that are wholly too old, delete alerts that were resolved long ago and who was told of them.
 
     Raises:
         DependencyError: somebody reads a table all the time, or the database does not answer; what is done is done.
@@ -74,4 +75,6 @@ async def remove_expired(
     before = now - timedelta(days=settings.result_retention_days)
     while count := await database.expire_alerts(before, _BATCH_ROWS):
         alerts += count
+    while await notifications.expire(database.pool, before, _BATCH_ROWS):
+        pass
     return RemovedTelemetry(partitions=tuple(names), alerts=alerts)

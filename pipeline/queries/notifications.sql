@@ -126,15 +126,24 @@ SELECT receiver, alert_id, state, status, attempts, since, settled_at, silence_i
 FROM gpu_notifications WHERE alert_id = ANY($1::text[]) ORDER BY alert_id, state, receiver
 
 -- name: expire_notifications
--- Delete up to $2 that were settled before $1 and are of alerts that are over.
+-- Delete up to $2 transitions, of alerts that are over, settled before $1; and up to $2 silences that ended before.
 WITH old AS (
     SELECT receiver, alert_id, state FROM gpu_notifications
-    WHERE settled_at < $1 AND due_at IS NULL ORDER BY settled_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    WHERE settled_at < $1 AND due_at IS NULL
+      AND NOT EXISTS (SELECT FROM gpu_alerts WHERE gpu_alerts.alert_id = gpu_notifications.alert_id
+                      AND gpu_alerts.state <> 'resolved')
+    LIMIT $2 FOR UPDATE SKIP LOCKED
+), told AS (
+    DELETE FROM gpu_notifications USING old
+    WHERE (gpu_notifications.receiver, gpu_notifications.alert_id, gpu_notifications.state)
+        = (old.receiver, old.alert_id, old.state)
+    RETURNING 1
+), silent AS (
+    DELETE FROM gpu_silences WHERE silence_id IN (
+        SELECT silence_id FROM gpu_silences WHERE ends_at < $1 LIMIT $2 FOR UPDATE SKIP LOCKED)
+    RETURNING 1
 )
-DELETE FROM gpu_notifications USING old
-WHERE (gpu_notifications.receiver, gpu_notifications.alert_id, gpu_notifications.state)
-    = (old.receiver, old.alert_id, old.state)
-RETURNING 1
+SELECT (SELECT count(*) FROM told) + (SELECT count(*) FROM silent) AS rows
 
 -- name: count_notifications
 -- How many transitions a receiver was told of, or is to be, by status.

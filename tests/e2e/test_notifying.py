@@ -125,6 +125,9 @@ async def test_sigkill_of_notify(made: Made) -> None:
         )
         == 1
     )
+    code, seconds = await asyncio.to_thread(workers[-1].terminate)
+    assert code == 0
+    assert seconds < made.settings.shutdown_grace_seconds
     # The receiver that is down has held up nobody, and nothing of what it is to be told is lost.
     statuses = await made.statuses("down")
     assert sum(statuses.values()) == 2 * count

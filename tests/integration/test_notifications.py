@@ -211,6 +211,20 @@ async def test_silences(pool: Pool) -> None:
     assert [len(each) for each in listed] == [1, 2]
 
 
+async def test_what_is_settled_and_old_goes(pool: Pool) -> None:
+    """Retention deletes who was told of what, and silences, once they are over; what waits stays."""
+    to, now = receiver(), datetime.now(UTC)
+    await save(pool, to, FIRING)
+    await drained(pool, to)
+    await save(pool, to, alert(2))
+    made = await notifications.silence(pool, {"host": "a"}, now, now + timedelta(hours=1), "", "")
+    later = now + timedelta(minutes=5)
+    assert [await notifications.expire(pool, moment, 10) for moment in (now, later, later)] == [0, 1, 0]
+    assert await statuses(pool, FIRING, alert(2)) == {"firing": "waiting"}
+    await notifications.end_silence(pool, made.id)
+    assert await notifications.expire(pool, later, 10) == 1
+
+
 async def test_an_alertmanager_is_told_again_until_it_is_over(pool: Pool) -> None:
     """What fires is said again before it expires there, all in one request, and never after its end."""
     async with (
