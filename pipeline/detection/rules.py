@@ -32,6 +32,11 @@ DERIVED: dict[str, tuple[str, str]] = {
         "Kendall's tau of used memory over the last windows: 1 grows always, -1 shrinks always",
     ),
     "memory_growth_ratio": ("", "what used memory grew by over the last windows, of all memory"),
+    "memory_before_ratio": ("", "used memory of all memory at the beginning of those windows"),
+    "peers_alike": (
+        "",
+        "1: it and most peers hold about the same memory, as GPUs of one job do, or memory is not known; 0: not so",
+    ),
     "busy_percent": ("%", "utilization, else the graphics engine's share"),
     "peers_utilization_percent": ("%", "median utilization of the GPUs that share the key"),
     "allocated": ("", "1: memory is held, or labels name a container, pod or job; 0: nobody uses it"),

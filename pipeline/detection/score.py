@@ -20,6 +20,8 @@ Tensor = torch.Tensor
 _MAX_STEP = 4.0
 # Steps of used memory below this are noise, MiB.
 _TREND_DEADBAND = 1.0
+# Shares of all memory by which GPUs of one job differ at most: its own from the middle, and the others among them.
+_ALIKE_OWN, _ALIKE_PEERS = 0.05, 0.03
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class _Pass:
             "busy_percent": busy,
             "memory_trend": torch.where(complete & self.present, pairs, torch.nan),
             "memory_growth_ratio": (trend[:, -1] - trend[:, 0]) / total,
+            "memory_before_ratio": trend[:, 0] / total,
+            "peers_alike": self._alike(used, total),
             "peers_utilization_percent": nothing
             if utilization is None
             else self.peers.median[:, utilization],
@@ -176,6 +180,15 @@ class _Pass:
             "model_score": self.model,
             "lost": self.lost,
         }
+
+    def _alike(self, used: Tensor, total: Tensor) -> Tensor:
+        """Tell GPUs that seem to share a job with most of their peers: such jobs need as much memory everywhere."""
+        place = self.plan.compare.get("memory_used_mebibytes")
+        if place is None:
+            return torch.ones_like(used)
+        near = (used - self.peers.median[:, place]).abs() <= _ALIKE_OWN * total
+        close = self.peers.deviation[:, place] <= _ALIKE_PEERS * total
+        return torch.where(used.isnan(), 1.0, (near & close).double())
 
     def _values(self, clause: Clause) -> tuple[Tensor, Tensor]:
         """Return what a clause compares, and what it shows to a person, both (N,)."""
