@@ -48,7 +48,8 @@ class Plan:
     #: When faults begin, in seconds since the beginning; None: at any time that leaves room for them.
     fault_window: tuple[float, float] | None = None
     models: tuple[GpuModel, ...] = MODELS
-    host_prefix: str = "sim"
+    #: What makes hosts and GPUs others than those of another run of the same fleet.
+    identity: str = ""
 
 
 class Step(NamedTuple):
@@ -83,7 +84,7 @@ class Fleet:
         self.plan = plan
         self._rng = np.random.default_rng(plan.seed)
         self._hosts = list(self._make_hosts())
-        self.uuids = [str(_uuid(plan.seed, number)) for number in range(plan.gpus)]
+        self.uuids = [_uuid(plan.seed, plan.identity, number) for number in range(plan.gpus)]
         self.models = [host.model for host in self._hosts for _ in host.gpus]
         schedule_rng, physics_rng = self._rng.spawn(2)
         self._schedule = Schedule(
@@ -111,13 +112,14 @@ class Fleet:
     def _make_hosts(self) -> Iterator[_Host]:
         """Hosts of one kind are beside each other, as in racks."""
         count = -(-self.plan.gpus // GPUS_PER_HOST)
+        prefix = f"sim-{self.plan.identity}" if self.plan.identity else "sim"
         shares = np.cumsum([model.share for model in self.plan.models])
         for number in range(count):
             place = (number + 0.5) / count * shares[-1]
             model = self.plan.models[int(np.searchsorted(shares, place))]
             first = number * GPUS_PER_HOST
             gpus = np.arange(first, min(first + GPUS_PER_HOST, self.plan.gpus))
-            yield _Host(f"{self.plan.host_prefix}-{number:04d}", model, gpus)
+            yield _Host(f"{prefix}-{number:04d}", model, gpus)
 
     def _inject(self) -> list[Injected]:
         """Choose a GPU and a time for each fault; no job has two."""
@@ -220,8 +222,8 @@ class Fleet:
         )  # fmt: skip
 
 
-def _uuid(seed: int, number: int) -> str:
-    return f"GPU-{uuid.uuid5(uuid.NAMESPACE_OID, f'millrace fleet {seed} {number}')}"
+def _uuid(seed: int, identity: str, number: int) -> str:
+    return f"GPU-{uuid.uuid5(uuid.NAMESPACE_OID, f'millrace fleet {seed} {identity} {number}')}"
 
 
 def by_fault(injected: Sequence[Injected]) -> dict[str, list[Injected]]:

@@ -84,8 +84,9 @@ class Job:
         if self.kind == "training":
             return np.clip(self.activity + 0.005 * noise, 0.0, 1.0), self.intensity, self.memory_share
         if self.kind == "inference":
-            daily = 0.25 * math.sin(2 * math.pi * (time / _DAY + self.phase / _DAY))
-            return np.clip(self.activity + daily + 0.08 * noise, 0.03, 1.0), self.intensity, self.memory_share
+            # By night two thirds less than by day; one that serves nobody for hours is a fault, not a night.
+            daily = 1.0 + 0.5 * math.sin(2 * math.pi * (time + self.phase) / _DAY)
+            return np.clip(self.activity * daily + 0.05 * noise, 0.10, 1.0), self.intensity, self.memory_share
         return np.clip(self.activity + 0.10 * noise, 0.05, 1.0), self.intensity, self.memory_share
 
 
@@ -117,7 +118,7 @@ def draw(kind: Kind, gpus: npt.NDArray[np.int64], begin: float, end: float, rng:
         kind, gpus, begin, end,
         activity=rng.uniform(0.3, 0.8), intensity=rng.uniform(0.3, 0.8),
         memory_share=rng.uniform(0.1, 0.5), startup_seconds=rng.uniform(10, 40),
-        period_seconds=rng.uniform(180, 600), pause_seconds=rng.uniform(60, 300), phase=rng.uniform(0, 600),
+        period_seconds=rng.uniform(300, 700), pause_seconds=rng.uniform(60, 240), phase=rng.uniform(0, 600),
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ class Physics:
         )
         groups = self._demand(seconds, jobs)
         self.activity[stress.hung] = 0.0
-        wanted_power_share = self._set_clocks(stress)
+        wanted_power_share = self._set_clocks(interval, stress)
         self._set_pace(groups, stress)
         working = self.busy + _WAITING * (1.0 - self.busy) * self.is_synchronous
         dynamic = self.activity * working * wanted_power_share * self.clock_share**_POWER_EXPONENT
@@ -146,10 +146,11 @@ class Physics:
         )
         return groups
 
-    def _set_clocks(self, stress: Stress) -> Floats:
+    def _set_clocks(self, interval: float, stress: Stress) -> Floats:
         """Let limits set clocks, and say why; return the power wanted at full clock as a share of what there is."""
         # The driver's slow controller keeps a GPU at its highest operating temperature.
-        self.throttle = np.clip(self.throttle + 0.01 * (self.operating - self.temperature), 0.25, 1.0)
+        step = 0.0004 * interval * (self.operating - self.temperature)
+        self.throttle = np.clip(self.throttle + step, 0.25, 1.0)
         self.power_limit_watts = np.where(
             stress.brake, self.limit_watts, self.limit_watts * stress.power_limit
         )

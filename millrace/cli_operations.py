@@ -173,14 +173,17 @@ def up(
     ] = False,
     samples: Annotated[int, typer.Option(min=0, help="How many pictures to draw and publish.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Draws the same pictures again.")] = 7,
+    fleet: Annotated[
+        bool, typer.Option("--fleet/--no-fleet", help="Publish a made-up fleet of GPUs with a fault.")
+    ] = True,
     deployment: Annotated[str | None, typer.Option(help="Name of the set of models.")] = None,
     models: Annotated[str | None, typer.Option(help="Models, comma-separated.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run everything on this machine.
 
-    Kafka and PostgreSQL unless settings say where they are, the gateway and the steps; then sample pictures are
-    published and their predictions printed. Ctrl-C drains and stops everything.
+    Kafka and PostgreSQL unless settings say where they are, the gateway and the steps; then sample pictures and
+    the telemetry of a small fleet are published, and what comes of them is printed. Ctrl-C stops everything.
     """
     from millrace import parts
     from millrace import up as stack
@@ -190,5 +193,5 @@ def up(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--replicas") from None
 
-    wishes = stack.Wishes(counts, once, samples, seed, as_json)
+    wishes = stack.Wishes(counts, once, samples, seed, as_json, fleet)
     run(lambda settings: stack.up(settings, wishes), deployment=deployment, models=models)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import httpx
 
 STEPS = ("predict", "store", "archive")
+#: Started when the steps of images are ready, which they must not slow down.
+TELEMETRY_STEPS = ("watch", "record", "notify")
 FIRST_WORKER_PORT = 8041
 # Importing torch and warming up take seconds; fetching a model for the first time may take minutes.
 _READY_SECONDS = 600.0
@@ -35,6 +37,8 @@ class Part:
 
     spec: ChildSpec
     ready_url: str
+    #: Nothing about images needs it.
+    is_telemetry: bool = False
 
 
 def parse_replicas(text: str) -> dict[str, int]:
@@ -46,8 +50,10 @@ def parse_replicas(text: str) -> dict[str, int]:
     counts: dict[str, int] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         step, _, number = item.partition("=")
-        if step not in STEPS or not number.isdigit() or int(number) > 100:
-            raise ValueError(f"{item!r} is not STEP=N with a step of {', '.join(STEPS)} and N up to 100")
+        if step not in (*STEPS, *TELEMETRY_STEPS) or not number.isdigit() or int(number) > 100:
+            raise ValueError(
+                f"{item!r} is not STEP=N with a step of {', '.join((*STEPS, *TELEMETRY_STEPS))} and N up to 100"
+            )
         counts[step] = int(number)
     return counts
 
@@ -71,7 +77,7 @@ def describe_parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
             f"{_loopback(settings.gateway_host, settings.gateway_port)}/readyz",
         )
     ]
-    counts = {step: replicas.get(step, 1) for step in STEPS}
+    counts = {step: replicas.get(step, 1) for step in (*STEPS, *TELEMETRY_STEPS)}
     free = iter(_worker_ports(settings.worker_host, sum(counts.values())))
     for step, count in counts.items():
         for number in range(1, count + 1):
@@ -83,7 +89,8 @@ def describe_parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
                 own[f"{PREFIX}REPLICA"] = replica_name(name)
             argv = [sys.executable, "-m", "agents", step]
             spec = ChildSpec(name, argv, logs / f"{name}.log", own, stop_seconds)
-            parts.append(Part(spec, f"{_loopback(settings.worker_host, port)}/readyz"))
+            ready_url = f"{_loopback(settings.worker_host, port)}/readyz"
+            parts.append(Part(spec, ready_url, step in TELEMETRY_STEPS))
     return parts
 
 

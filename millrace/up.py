@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from millrace import ports, processes
+from millrace.fleet import GPUS, SampleFleet
 from millrace.folders import require_unused
 from millrace.local import EmbeddedKafka, EmbeddedPostgres, LocalServices, local_services
 from millrace.output import EXIT_FAILED, EXIT_INTERRUPTED, counted, emit, say, show
@@ -20,16 +21,18 @@ from millrace.parts import describe_parts, wait_until_ready
 from millrace.results import line_of
 from millrace.samples import Samples
 from millrace.supervisor import Event, Exited, Restarting, supervise
-from pipeline import broker, deadletters, events, registry
+from pipeline import broker, deadletters, events, registry, telemetry
 from pipeline.connections import backoff_seconds
 from pipeline.database import Database, migrate
 from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError, ContractError, DependencyError
 from pipeline.settings import PREFIX, Settings
-from pipeline.topics import DEAD_LETTERS, IMAGES_BULK, PREDICTIONS
+from pipeline.topics import DEAD_LETTERS, GPU_ALERTS, IMAGES_BULK, PREDICTIONS
 
 # Without any outcome for so long, the samples are not coming.
 _SAMPLE_QUIET_SECONDS = 60.0
 _STORED_SECONDS = 30.0
+# The fleet's past takes a fifth of it.
+_ALERT_SECONDS = 60.0
 _LINES_PER_SECOND = 20
 _UNPRINTED_TOLD_EVERY_SECONDS = 10.0
 
@@ -43,6 +46,7 @@ class Wishes:
     samples: int = 24
     seed: int = 7
     as_json: bool = False
+    fleet: bool = True
 
 
 def up(settings: Settings, wishes: Wishes) -> int:
@@ -97,6 +101,8 @@ class _Stack:
         self._begun = begun
         self._parts = describe_parts(settings, wishes.replicas)
         self._samples = Samples(settings, wishes.seed, wishes.samples)
+        self._fleet = SampleFleet(settings, wishes.seed) if wishes.fleet else None
+        self._images_ready = asyncio.Event()
         self._asked_to_stop = asyncio.Event()
         self._printed: list[float] = []
         self._unprinted = 0
@@ -111,15 +117,16 @@ class _Stack:
         await self._unless_stopped(self._prepare())
         if self._asked_to_stop.is_set():
             return EXIT_INTERRUPTED if self._wishes.once else 0
-        supervising = asyncio.create_task(
-            supervise([part.spec for part in self._parts], self._tell, stopping)
-        )
+        supervising = {
+            asyncio.create_task(self._supervise(stopping)),
+            asyncio.create_task(self._supervise_telemetry(stopping)),
+        }
         keeping = asyncio.create_task(self._keep_services())
         working = asyncio.create_task(self._unless_stopped(self._work()))
         try:
             # The supervisor ends by itself only when a child's settings are wrong.
-            await asyncio.wait({supervising, working}, return_when=asyncio.FIRST_COMPLETED)
-            if not supervising.done():
+            await asyncio.wait({*supervising, working}, return_when=asyncio.FIRST_COMPLETED)
+            if not any(task.done() for task in supervising):
                 code = await working
                 return EXIT_INTERRUPTED if code is None and self._wishes.once else code or 0
         finally:
@@ -128,8 +135,22 @@ class _Stack:
             await asyncio.wait({working, keeping})
             stopping.set()
             say(f"stopping {len(self._parts)} processes")
-            await supervising
+            await asyncio.wait(supervising)
+            for task in supervising:
+                task.result()
         raise AssertionError("a supervisor that ends by itself says why")
+
+    async def _supervise(self, stopping: asyncio.Event) -> None:
+        await supervise([part.spec for part in self._parts if not part.is_telemetry], self._tell, stopping)
+
+    async def _supervise_telemetry(self, stopping: asyncio.Event) -> None:
+        """Run the steps of telemetry from when those of images are ready."""
+        waiting = [asyncio.create_task(event.wait()) for event in (self._images_ready, stopping)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if not stopping.is_set():
+            await supervise([part.spec for part in self._parts if part.is_telemetry], self._tell, stopping)
 
     def _stop(self) -> None:
         if self._asked_to_stop.is_set():
@@ -158,25 +179,50 @@ class _Stack:
             say(f"applied topics: {', '.join(created)}")
 
     async def _work(self) -> int | None:
-        say(f"starting {', '.join(part.spec.name for part in self._parts)}")
-        await wait_until_ready(self._parts)
+        images = [part for part in self._parts if not part.is_telemetry]
+        say(f"starting {', '.join(part.spec.name for part in images)}")
+        await wait_until_ready(images)
         say(f"ready after {time.monotonic() - self._begun:.1f} s")
+        self._images_ready.set()
         await self._say_what_runs()
         async with self._watching():
-            if self._wishes.samples:
-                faults = await self._publish_samples()
-                if self._wishes.once:
-                    return EXIT_FAILED if faults else 0
-            elif self._wishes.once:
-                return 0
-            self._say_where()
-            await asyncio.Event().wait()
+            faults = await self._publish_samples() if self._wishes.samples else []
+            await wait_until_ready([part for part in self._parts if part.is_telemetry])
+            if self._fleet is None:
+                return await self._serve(faults)
+            async with self._living(self._fleet):
+                return await self._serve(faults)
+
+    async def _serve(self, faults: list[str]) -> int:
+        """Wait for the fleet's alert if that is asked for; else serve for ever."""
+        if self._wishes.once:
+            if self._fleet is not None and not await self._fleet.wait(_ALERT_SECONDS):
+                faults = [*faults, f"no alert came for {self._fleet.fault.gpu_uuid}"]
+                say(faults[-1])
+            return EXIT_FAILED if faults else 0
+        self._say_where()
+        await asyncio.Event().wait()
         return 0
+
+    @asynccontextmanager
+    async def _living(self, fleet: SampleFleet) -> AsyncIterator[None]:
+        """Publish the fleet's telemetry."""
+        fault = fleet.fault
+        say(
+            f"publishing the telemetry of {counted(GPUS, 'made-up GPU')}; {fault.gpu_uuid} of {fault.host} gets hot"
+        )
+        living = asyncio.create_task(fleet.publish())
+        living.add_done_callback(_tell_end)
+        try:
+            yield
+        finally:
+            living.cancel()
+            await asyncio.wait({living})
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
         """Print predictions as they come, from now on."""
-        topics = [self._settings.topic(topic.name) for topic in (PREDICTIONS, DEAD_LETTERS)]
+        topics = [self._settings.topic(topic.name) for topic in (PREDICTIONS, DEAD_LETTERS, GPU_ALERTS)]
         reader = broker.LiveReader(self._settings, topics, client_id="millrace-up")
         await reader.start()
         watching = asyncio.create_task(self._watch(reader))
@@ -195,6 +241,10 @@ class _Stack:
                 say(f"{name}  dead letter  {letter.code}: {letter.reason}")
                 self._samples.see_dead_letter(letter)
                 continue
+            if record.topic == self._settings.topic(GPU_ALERTS.name):
+                with suppress(ContractError):
+                    self._print_alert(telemetry.decode_alert(record))
+                continue
             with suppress(ContractError):
                 prediction = events.decode_prediction(record)
                 self._print(prediction)
@@ -212,6 +262,19 @@ class _Stack:
             return
         self._printed.append(now)
         show(line_of(prediction))
+
+    def _print_alert(self, alert: telemetry.Alert) -> None:
+        if self._fleet is not None:
+            self._fleet.see(alert)
+        if self._wishes.as_json:
+            emit(alert)
+        elif alert.state != "pending":
+            condition = alert.condition
+            action = f"  -> {condition.action}" if condition.action and alert.state == "firing" else ""
+            show(
+                f"{alert.id[:12]}  {alert.state} {condition.severity}  {alert.gpu_uuid} of {alert.host}  "
+                f"{condition.rule}: {condition.message}{action}"
+            )
 
     def _tell_unprinted(self) -> None:
         now = time.monotonic()
@@ -267,6 +330,7 @@ class _Stack:
             f"  curl -F file=@picture.jpg '{gateway}/v1/images'\n"
             f"  kcat -P -b {kafka} -t {bulk} -X message.max.bytes=8388608 picture.jpg\n"
             f"  millrace publish images FOLDER\n"
+            f"  millrace simulate --gpus 64 --fault ecc,straggler\n"
             f"  millrace lag\n"
             f"Ctrl-C stops everything.\n"
         )
@@ -301,6 +365,11 @@ class _Stack:
                 except (ConfigurationError, DependencyError) as error:
                     say(error.message)
                     await asyncio.sleep(next(delays))
+
+
+def _tell_end(living: "asyncio.Task[None]") -> None:
+    if not living.cancelled() and (error := living.exception()) is not None:
+        say(f"the made-up fleet ended: {error}")
 
 
 def _without_password(url: str) -> str:

@@ -51,16 +51,22 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_everything_on_one_machine(environment: dict[str, str]) -> None:
-    """All samples come out as expected, twice; data stay, Ctrl-C ends with 0, and no process is left."""
+    """All samples and the alert come as expected, twice; data stay, Ctrl-C ends with 0, and no process is left."""
+    hot = set()
     for _ in range(2):
         once = up(environment, "--once", "--samples", "12", "--json")
-        out, messages = once.communicate(timeout=120)
+        out, messages = once.communicate(timeout=180)
         assert once.returncode == 0, messages
-        results = [json.loads(line) for line in out.splitlines()]
+        lines = [json.loads(line) for line in out.splitlines()]
+        results = [line for line in lines if "image_id" in line]
         assert len(results) == 12
         assert "12 of 12 samples" in messages
+        firing = {line["gpu_uuid"] for line in lines if line.get("state") == "firing"}
+        assert len(firing) == 1
+        hot |= firing
+    assert len(hot) == 2
 
-    serving = up(environment, "--samples", "1", "--replicas", "predict=2")
+    serving = up(environment, "--samples", "1", "--replicas", "predict=2", "--no-fleet")
     gateway = f"http://127.0.0.1:{environment['MILLRACE_GATEWAY_PORT']}"
     try:
         assert serving.stdout is not None
@@ -78,7 +84,8 @@ def test_everything_on_one_machine(environment: dict[str, str]) -> None:
         with urllib.request.urlopen(f"{gateway}/v1/images/{first}", timeout=5) as answer:
             assert json.load(answer)["state"] == "predicted"
         children = children_of(serving.pid)
-        assert len(children) >= 7  # Kafka, PostgreSQL, the gateway, two of predict, store, archive
+        # Kafka, PostgreSQL, the gateway, two of predict, store, archive; watch, record and notify come later.
+        assert len(children) >= 7
         serving.send_signal(signal.SIGINT)
         serving.communicate(timeout=60)
     finally:
