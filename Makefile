@@ -32,9 +32,10 @@ lint: $(READY)
 unit: $(READY)
 	@$(BIN)/python -m pytest tests/unit --quiet $(ARGS)
 
-bench: $(READY) ## Measure the spine and the engine next to loops written by hand, as tables and as JSON
+bench: $(READY) ## Measure spine, engine and telemetry next to loops written by hand, as tables and as JSON
 	@$(BIN)/millrace bench $(ARGS)
 	@$(BIN)/millrace bench-engine $(ARGS)
+	@$(BIN)/millrace bench-telemetry $(ARGS)
 
 soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
 	@$(BIN)/millrace soak $(ARGS)

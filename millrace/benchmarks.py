@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from loadtest import bench, engine, report, results, search, soak
+from loadtest import bench, engine, report, results, search, soak, telemetry_bench
 from millrace import ports, processes
 from millrace.local import local_services
 from millrace.output import EXIT_FAILED, emit, say, show_table
@@ -86,6 +86,46 @@ def run_search(settings: Settings, plan: search.Plan, *, as_json: bool, write: b
     return 0
 
 
+def run_telemetry(
+    settings: Settings, plan: telemetry_bench.Plan, sections: Sequence[str], *, as_json: bool, write: bool
+) -> int:
+    """Measure sections of GPU telemetry; the file keeps what is not measured. Return the exit code."""
+    if unknown := sorted(set(sections) - set(telemetry_bench.SECTIONS)):
+        raise ConfigurationError(
+            f"there is no section {', '.join(unknown)}; there are {', '.join(telemetry_bench.SECTIONS)}"
+        )
+    circumstances, others = report.Circumstances.now(os.getloadavg()[0]), report.Others()
+    _check_folder(write)
+    measured: dict[str, Any] = {}
+    with running(settings, ()) as stack:
+        for name in sections or telemetry_bench.SECTIONS:
+            say(f"measuring {name}")
+            measured[name] = telemetry_bench.SECTIONS[name](stack.settings, plan, _worker, say)
+    result = {
+        "commit": circumstances.commit,
+        "machine": circumstances.machine,
+        "seed": plan.seed,
+        "circumstances": circumstances,
+        "plan": plan,
+        "others_busy_cores": others.busy_cores(),
+        **measured,
+    }
+    kept = KEPT / "telemetry.json"
+    if write and kept.exists():
+        result = msgspec.json.decode(kept.read_bytes()) | result
+    _give(result, telemetry_bench.rows(measured), as_json, kept if write else None)
+    return 0
+
+
+@contextmanager
+def _worker(settings: Settings, step: str) -> Iterator[str]:
+    with (
+        tempfile.TemporaryDirectory(prefix="millrace-") as name,
+        _processes(settings, (step,), Path(name)) as urls,
+    ):
+        yield urls[step]
+
+
 def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:
     """Load everything for minutes; return the exit code."""
     load_before, others = os.getloadavg()[0], report.Others()
@@ -140,6 +180,7 @@ def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterat
         f"{PREFIX}DATABASE_URL": settings.resolved_database,
         f"{PREFIX}OBJECT_STORE_URL": settings.resolved_object_store,
         f"{PREFIX}DATA_DIR": str(folder),
+        f"{PREFIX}TOPIC_PREFIX": settings.topic_prefix,
         f"{PREFIX}MODELS": settings.models,
         f"{PREFIX}WORKER_HOST": "127.0.0.1",
         f"{PREFIX}GATEWAY_HOST": "127.0.0.1",

@@ -90,6 +90,35 @@ def bench_search(
     run(lambda settings: benchmarks.run_search(settings, plan, as_json=as_json, write=write))
 
 
+@app.command("bench-telemetry")
+def bench_telemetry(
+    sections: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION]...", help="Which to measure; none: all.")
+    ] = None,
+    seed: Seed = 7,
+    records: Annotated[int, typer.Option(min=50, help="Of 64 samples each, per repeat.")] = 6_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each way.")] = 3,
+    write: Annotated[
+        bool, typer.Option("--write", help="Keep it in docs/benchmarks/telemetry.json.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure GPU telemetry beside a bare loop.
+
+    Samples/s from Kafka into PostgreSQL with one worker, and of a loop written by hand, in turn; insertion and
+    queries while the database grows.
+    """
+    from loadtest.telemetry_bench import Plan
+    from millrace import benchmarks
+
+    plan = Plan(seed=seed, records=records, single_records=5 * records, repeats=repeats)
+    run(
+        lambda settings: benchmarks.run_telemetry(
+            settings, plan, sections or [], as_json=as_json, write=write
+        )
+    )
+
+
 @app.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=1, help="How long.")] = 10.0,

@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
-from loadtest import results, search, soak
+from loadtest import results, search, soak, telemetry_bench
 from millrace import benchmarks
 from pipeline import settings
+from pipeline.errors import ConfigurationError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -48,3 +49,26 @@ def test_search_is_measured_in_a_database_of_its_own(capsys: pytest.CaptureFixtu
         assert (measured.vectors, measured.queries, measured.exact_is_right) == (count, 20, 1.0)
         assert 0 < measured.recall_at_10 <= 1
         assert all(0 < way.p50_seconds <= way.p99_seconds for way in (measured.exact, measured.approximate))
+
+
+def test_telemetry_is_measured_beside_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ways through Kafka have stored what was published, and the growing database answers."""
+    plan = telemetry_bench.Plan(
+        gpus_per_host=8, hosts=2, records=120, single_records=600, repeats=1, growth_values=(2_000, 4_000)
+    )
+    assert (
+        benchmarks.run_telemetry(settings.load(), plan, ["record", "growth"], as_json=True, write=False) == 0
+    )
+    *_, last = capsys.readouterr().out.splitlines()
+    found = msgspec.json.decode(last)
+    for way in ("many", "single"):
+        assert all(found["record"][way][name]["samples_per_second"] > 0 for name in ("record", "bare"))
+    steps = found["growth"]["steps"]
+    assert [step["values"] for step in steps] == [2_000, 4_000]
+    assert all(step["insert_samples_per_second"] > 0 and step["raw_24h_seconds"] > 0 for step in steps)
+
+
+def test_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """A section that does not exist is named with those that do."""
+    with pytest.raises(ConfigurationError, match="there is no section x; there are record"):
+        benchmarks.run_telemetry(settings.load(), telemetry_bench.Plan(), ["x"], as_json=True, write=False)

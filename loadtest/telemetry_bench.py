@@ -1,0 +1,289 @@
+"""How fast GPU telemetry goes through Kafka into PostgreSQL, beside a bare loop, and how that grows.
+
+It takes the settings of a stack with an empty, migrated database, and a way to run a worker on it. Each section is
+a function of its own in `SECTIONS`, gives a part of the result, and can be measured alone.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from loadtest import loop_process, telemetry_loop
+from loadtest.report import median, percentile, read_metrics, rounded
+from pipeline import admin, telemetry
+from pipeline.broker import Publisher
+from pipeline.errors import DependencyError
+from pipeline.rollups import Rollups
+from pipeline.settings import Settings
+from pipeline.telemetry import Sample, Samples
+from pipeline.telemetry_database import TelemetryDatabase
+from pipeline.topics import DEAD_LETTERS, GPU_ALERTS, GPU_SAMPLES, GPU_WINDOWS
+
+Say = Callable[[str], None]
+#: Runs a step on a stack; yields the address of its HTTP site.
+Worker = Callable[[Settings, str], AbstractContextManager[str]]
+
+# As dcgm-exporter's default, without what needs a profiler.
+FIELDS = (
+    "sm_clock_mhz", "memory_clock_mhz", "memory_temperature_celsius", "temperature_celsius", "power_watts",
+    "energy_millijoules", "pcie_replays", "utilization_percent", "memory_copy_percent", "encoder_percent",
+    "decoder_percent", "memory_free_mebibytes", "memory_used_mebibytes", "memory_reserved_mebibytes",
+    "rows_remapped_uncorrected", "rows_remapped_corrected", "row_remap_failed", "graphics_engine_ratio",
+    "tensor_active_ratio", "dram_active_ratio",
+)  # fmt: skip
+_STALL_SECONDS = 120.0
+# Asked less often, the end would be seen late; more often, asking would be what is measured.
+_POLL_SECONDS = 0.1
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """How much to measure."""
+
+    seed: int = 7
+    gpus_per_host: int = 64
+    hosts: int = 16
+    records: int = 6_000
+    single_records: int = 30_000
+    repeats: int = 3
+    #: Values in the database: where insertion and queries are measured.
+    growth_values: tuple[int, ...] = (1_000_000, 3_000_000, 10_000_000)
+
+
+class Rate(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast one way was: medians over the repeats."""
+
+    samples_per_second: float
+    values_per_second: float
+    records_per_second: float
+    #: Processor time of the worker per sample; the database's is not in it.
+    cpu_microseconds_per_sample: float
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """Kafka to PostgreSQL, one worker."""
+
+    samples_per_record: int
+    fields: int
+    record: Rate
+    bare: Rate
+    ratio_to_bare: float
+
+
+def samples_of(plan: Plan, tick: int, host: int, gpus: int, start: datetime, interval: timedelta) -> Samples:
+    """Return one record's samples."""
+    drawn = random.Random(plan.seed * 1_000_003 + tick * 1_009 + host)
+    return Samples(
+        host=f"node-{host}",
+        source="bench",
+        samples=tuple(
+            Sample(
+                gpu_uuid=f"GPU-{host:04d}-{gpu:03d}",
+                time=start + tick * interval,
+                values={name: round(drawn.uniform(0, 1), 3) for name in FIELDS},
+            )
+            for gpu in range(gpus)
+        ),
+    )
+
+
+def record(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str, Any]:
+    """Measure `record` beside a bare loop, many samples per record and one."""
+    many = _recorded(settings, plan, worker, say, plan.gpus_per_host, plan.records)
+    single = _recorded(settings, plan, worker, say, 1, plan.single_records)
+    return {"ratio_to_bare": many.ratio_to_bare, "many": many, "single": single}
+
+
+def _recorded(settings: Settings, plan: Plan, worker: Worker, say: Say, gpus: int, records: int) -> Recorded:
+    rates: dict[str, list[tuple[float, float]]] = {"record": [], "bare": []}
+    for repeat in range(plan.repeats):
+        own = settings.model_copy(update={"topic_prefix": f"bench-{gpus}-{repeat}-"})
+        say(f"{gpus} samples per record, repeat {repeat + 1}: publishing {records} records")
+        asyncio.run(_publish(own, plan, gpus, records))
+        ways = [("record", _time_record), ("bare", _time_bare)]
+        for name, measure in ways if repeat % 2 == 0 else reversed(ways):
+            asyncio.run(_empty(own))
+            rates[name].append(measure(own, worker, gpus * records))
+            say(f"  {name}: {rounded(rates[name][-1][0])} samples/s")
+    made = {
+        name: Rate(
+            samples_per_second=rounded(median(rate for rate, _ in found)),
+            values_per_second=rounded(median(rate for rate, _ in found) * len(FIELDS)),
+            records_per_second=rounded(median(rate for rate, _ in found) / gpus),
+            cpu_microseconds_per_sample=rounded(median(cpu for _, cpu in found) * 1e6),
+        )
+        for name, found in rates.items()
+    }
+    # Each pair was measured right after each other: what else runs on the machine touches both.
+    pairs = zip(rates["record"], rates["bare"], strict=True)
+    return Recorded(
+        samples_per_record=gpus,
+        fields=len(FIELDS),
+        record=made["record"],
+        bare=made["bare"],
+        ratio_to_bare=rounded(median(ours / bare for (ours, _), (bare, _) in pairs)),
+    )
+
+
+async def _publish(settings: Settings, plan: Plan, gpus: int, records: int) -> None:
+    await admin.apply_topics(settings, (GPU_SAMPLES, GPU_WINDOWS, GPU_ALERTS, DEAD_LETTERS))
+    hosts = plan.hosts if gpus > 1 else plan.hosts * plan.gpus_per_host
+    # The present minute: a worker in step with its fleet rolls up the minute before, not the one that it writes.
+    start, interval = datetime.now(UTC), timedelta(milliseconds=100)
+    publisher = Publisher(settings, client_id="bench")
+    await publisher.start()
+    try:
+        topic = settings.topic(GPU_SAMPLES.name)
+        for first in range(0, records, 500):
+            batch = [
+                telemetry.encode_samples(samples_of(plan, n // hosts, n % hosts, gpus, start, interval))
+                for n in range(first, min(first + 500, records))
+            ]
+            await asyncio.gather(*(publisher.publish_forever(topic, each, step="bench") for each in batch))
+    finally:
+        await publisher.stop()
+
+
+async def _empty(settings: Settings) -> None:
+    connection = await asyncpg.connect(settings.resolved_database)
+    try:
+        await connection.execute("TRUNCATE gpu_samples, gpu_rollups_due")
+        await connection.execute("DROP TABLE IF EXISTS bare_samples")
+        await connection.execute("CREATE TABLE bare_samples (LIKE gpu_samples INCLUDING ALL)")
+        await connection.execute("CHECKPOINT")
+    finally:
+        await connection.close()
+
+
+def _time_record(settings: Settings, worker: Worker, samples: int) -> tuple[float, float]:
+    """Return samples/s from the first batch stored to the last, and processor seconds per sample."""
+    with worker(settings, "record") as url:
+        points = list(_stored(url, samples))
+    # A run that is over before it is first looked at counts from before its first batch.
+    (begun, first, cpu_first), (ended, last, cpu_last) = points[min(1, len(points) - 2)], points[-1]
+    return (last - first) / (ended - begun), (cpu_last - cpu_first) / (last - first)
+
+
+def _stored(url: str, samples: int) -> Iterator[tuple[float, float, float]]:
+    """Yield (time, samples stored, processor seconds) at once, then from the first batch to the last."""
+    started = time.monotonic()
+    deadline = started + _STALL_SECONDS
+    stored = 0.0
+    yield started, 0.0, 0.0
+    while stored < samples:
+        found = read_metrics(url)
+        now, stored = time.monotonic(), found["millrace_samples_stored_total"]
+        if stored:
+            yield now, stored, found["process_cpu_seconds_total"]
+        if now > deadline:
+            raise DependencyError(f"{stored:.0f} of {samples} samples stored after {_STALL_SECONDS:g} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def _time_bare(settings: Settings, worker: Worker, samples: int) -> tuple[float, float]:
+    plan = telemetry_loop.LoopPlan(
+        bootstrap_servers=settings.resolved_kafka,
+        topic=settings.topic(GPU_SAMPLES.name),
+        dsn=settings.resolved_database,
+        table="bare_samples",
+        fields=FIELDS,
+        samples=samples,
+    )
+    out = asyncio.run(loop_process.output_of("loadtest.telemetry_loop", msgspec.json.encode(plan).decode()))
+    done = msgspec.json.decode(out, type=telemetry_loop.Done)
+    return done.samples / done.seconds, done.cpu_seconds / done.samples
+
+
+class Growth(msgspec.Struct, frozen=True, kw_only=True):
+    """The database with so many values in it, on the client's side."""
+
+    values: int
+    insert_samples_per_second: float
+    #: All samples of one GPU over 24 h, 5 fields, and its hours.
+    raw_24h_seconds: float
+    rolled_24h_seconds: float
+
+
+def growth(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str, Any]:
+    """Measure insertion, queries and roll-ups while a day of a fleet fills the database."""
+    return asyncio.run(_growth(settings, plan, say))
+
+
+async def _growth(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
+    database = await TelemetryDatabase.open(settings)
+    day, interval = timedelta(days=1), timedelta(seconds=10)
+    start = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - day
+    gpus = -(-plan.growth_values[-1] // len(FIELDS) // (day // interval))  # so many fill a day
+    try:
+        await _empty(settings)
+        steps, tick, stored = [], 0, 0
+        for values in plan.growth_values:
+            rates = []
+            while stored * len(FIELDS) < values:
+                batch = [
+                    ("bench", samples_of(plan, n, 9_999, gpus, start, interval))
+                    for n in range(tick, tick + max(1, min(10_000, values // len(FIELDS) - stored) // gpus))
+                ]
+                begun = time.monotonic()
+                saved = await database.save_samples(batch)
+                rates.append(saved.stored / (time.monotonic() - begun))
+                tick, stored = tick + len(batch), stored + saved.stored
+            begun = time.monotonic()
+            minutes = await Rollups(database.pool, database.partitions).advance(start + 2 * day)
+            rolled = time.monotonic() - begun
+            raw = await _query_seconds(database, "gpu_samples", start, "")
+            hours = await _query_seconds(database, "gpu_hours", start, "_mean")
+            step = Growth(
+                values=stored * len(FIELDS),
+                insert_samples_per_second=rounded(median(rates[-5:])),
+                raw_24h_seconds=rounded(raw),
+                rolled_24h_seconds=rounded(hours),
+            )
+            say(f"  {step}; {minutes} roll-ups in {rolled:.1f} s")
+            steps.append(step)
+        return {"steps": steps}
+    finally:
+        await database.close()
+
+
+async def _query_seconds(database: TelemetryDatabase, table: str, start: datetime, suffix: str) -> float:
+    names = ", ".join(name + suffix for name in ("power_watts", "temperature_celsius", "sm_clock_mhz",
+                                                 "utilization_percent", "memory_used_mebibytes"))  # fmt: skip
+    taken = []
+    for gpu in range(20):
+        async with database.pool.transaction() as connection:
+            begun = time.monotonic()
+            await connection.fetch(
+                f"SELECT time, {names} FROM {table} WHERE time >= $2 AND time <= $3 "
+                "AND gpu_id = (SELECT gpu_id FROM gpus WHERE gpu_uuid = $1) ORDER BY time",
+                f"GPU-9999-{gpu:03d}", start, start + timedelta(days=1),
+            )  # fmt: skip
+            taken.append(time.monotonic() - begun)
+    return percentile(taken, 0.5)
+
+
+Section = Callable[[Settings, Plan, Worker, Say], dict[str, Any]]
+SECTIONS: dict[str, Section] = {"record": record, "growth": growth}
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a person wants to read of a result."""
+    plain = msgspec.to_builtins(result)
+    return [(".".join(path), str(value)) for path, value in _leaves(plain, ())]
+
+
+def _leaves(value: Any, path: Sequence[str]) -> Iterator[tuple[Sequence[str], Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, (*path, name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, (*path, str(number)))
+    else:
+        yield path, value
