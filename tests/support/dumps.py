@@ -63,7 +63,7 @@ def values(gpus: int = 247, seed: int = 7) -> list[Value]:
         for gpu in range(gpus):
             value = (
                 drawn.randint(lowest, highest)
-                if isinstance(lowest, int)
+                if isinstance(lowest, int) and isinstance(highest, int)
                 else round(drawn.uniform(lowest, highest), 3)
             )
             host = f"mtv5-dgx1-hgpu-{gpu // 8 + 1:03d}"
