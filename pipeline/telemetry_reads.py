@@ -226,14 +226,15 @@ def _rollup(names: Sequence[str], source: str | None) -> str:
 
 
 def _sample(row: asyncpg.Record, known: Sequence[str], others: Sequence[str], *, every: bool) -> Point:
-    values: dict[str, float | Rolled] = {name: value for name in known if (value := row[name]) is not None}
-    if (every or others) and row["other"] is not None:
-        other = _object.decode(row["other"])
+    # A day of one GPU is 8,640 of these; by place a row is read in a third of the time that names take.
+    time, lost, source_time, xids, *numbers = row
+    values: dict[str, float | Rolled] = {
+        name: value for name, value in zip(known, numbers, strict=False) if value is not None
+    }
+    if (every or others) and numbers[-1] is not None:
+        other = _object.decode(numbers[-1])
         values |= {name: other[name] for name in (other if every else others) if name in other}
-    return Point(
-        time=row["time"], values=values, xids=tuple(row["xids"] or ()), lost=row["lost"],
-        source_time=row["source_time"],
-    )  # fmt: skip
+    return Point(time=time, values=values, xids=tuple(xids or ()), lost=lost, source_time=source_time)
 
 
 def _rolled(row: asyncpg.Record, names: Sequence[str]) -> Point:

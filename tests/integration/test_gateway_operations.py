@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.__main__ import listen
 from millrace import ports
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
@@ -94,6 +95,16 @@ async def test_keys_are_asked_for_and_follow_their_file(tmp_path: Path) -> None:
 
         await eventually(is_rotated, 10.0)
         assert await status({"x-api-key": "first-key"}) == 401
+
+
+def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
+    """The gateway's sockets send at once; else each small answer on an open connection takes 40 ms more."""
+    listeners = listen(load(gateway_port=ports.find_free()))
+    waiting = [each for each in listeners if not each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)]
+    for each in listeners:
+        each.close()
+    assert listeners
+    assert waiting == []
 
 
 async def test_it_starts_and_answers_with_everything_down(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ async def serving(settings: Settings, **client: object) -> AsyncIterator[Gateway
     """Run a gateway with these settings until the block ends."""
     app = create_app(settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the gateway's own
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5)
         )
