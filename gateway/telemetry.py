@@ -201,24 +201,18 @@ async def get_telemetry(
     gpu = await bounded(telemetry_reads.gpu_id(pool, uuid))
     if gpu is None:
         raise unknown_gpu()
-    if asked is not None:
-        for name in asked[1]:
-            if width is not None or not await bounded(
-                telemetry_reads.has_field(pool, gpu, first, last, name)
-            ):
-                raise tables.unknown_field(name)
+    for name in asked[1] if asked is not None else ():
+        if width is not None or not await bounded(telemetry_reads.has_field(pool, gpu, first, last, name)):
+            raise tables.unknown_field(name)
+    names = None if asked is None else [*asked[0], *asked[1]]
     from_here = first
     if (seen := tables.after(cursor, datetime)) is not None:
         from_here = max(first, seen + (width or timedelta(microseconds=1)))
-    names = None if asked is None else [*asked[0], *asked[1]]
-    found: list[Point] = []
-    if from_here <= last:
-        reading = (
-            telemetry_reads.samples(pool, gpu, from_here, last, names, limit + 1)
-            if width is None
-            else telemetry_reads.rolled(pool, gpu, from_here, last, names, width, limit + 1)
-        )
-        found = await bounded(reading)
+    if width is None:
+        reading = telemetry_reads.samples(pool, gpu, from_here, last, names, limit + 1)
+    else:
+        reading = telemetry_reads.rolled(pool, gpu, from_here, last, names, width, limit + 1)
+    found = await bounded(reading)
     page = found[:limit]
     following = tables.cursor_of(page[-1].time) if len(found) > limit else None
     view = TelemetryPage(
