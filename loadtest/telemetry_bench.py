@@ -17,7 +17,7 @@ import msgspec
 
 from loadtest import loop_process, telemetry_loop
 from loadtest.report import median, percentile, read_metrics, rounded
-from pipeline import admin, telemetry
+from pipeline import admin, telemetry, telemetry_reads
 from pipeline.broker import Publisher
 from pipeline.errors import DependencyError
 from pipeline.rollups import Rollups
@@ -38,6 +38,12 @@ FIELDS = (
     "rows_remapped_uncorrected", "rows_remapped_corrected", "row_remap_failed", "graphics_engine_ratio",
     "tensor_active_ratio", "dram_active_ratio",
 )  # fmt: skip
+QUERIED = (
+    "power_watts", "temperature_celsius", "sm_clock_mhz", "utilization_percent", "memory_used_mebibytes",
+)  # fmt: skip
+QUERIED_STEP = timedelta(minutes=5)
+# A day at 10 s has 8,640.
+_MOST_POINTS = 10_000
 _STALL_SECONDS = 120.0
 # Asked less often, the end would be seen late; more often, asking would be what is measured.
 _POLL_SECONDS = 0.1
@@ -205,7 +211,7 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
 
     values: int
     insert_samples_per_second: float
-    #: All samples of one GPU over 24 h, 5 fields, and its hours.
+    #: All samples of one GPU over 24 h, 5 fields, as JSON; and the same by 5 minutes.
     raw_24h_seconds: float
     rolled_24h_seconds: float
 
@@ -237,13 +243,13 @@ async def _growth(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
             begun = time.monotonic()
             minutes = await Rollups(database.pool, database.partitions).advance(start + 2 * day)
             rolled = time.monotonic() - begun
-            raw = await _query_seconds(database, "gpu_samples", start, "")
-            hours = await _query_seconds(database, "gpu_hours", start, "_mean")
+            raw = await _query_seconds(database, start, None)
+            rolled_up = await _query_seconds(database, start, QUERIED_STEP)
             step = Growth(
                 values=stored * len(FIELDS),
                 insert_samples_per_second=rounded(median(rates[-5:])),
                 raw_24h_seconds=rounded(raw),
-                rolled_24h_seconds=rounded(hours),
+                rolled_24h_seconds=rounded(rolled_up),
             )
             say(f"  {step}; {minutes} roll-ups in {rolled:.1f} s")
             steps.append(step)
@@ -252,19 +258,20 @@ async def _growth(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
         await database.close()
 
 
-async def _query_seconds(database: TelemetryDatabase, table: str, start: datetime, suffix: str) -> float:
-    names = ", ".join(name + suffix for name in ("power_watts", "temperature_celsius", "sm_clock_mhz",
-                                                 "utilization_percent", "memory_used_mebibytes"))  # fmt: skip
-    taken = []
-    for gpu in range(20):
-        async with database.pool.transaction() as connection:
-            begun = time.monotonic()
-            await connection.fetch(
-                f"SELECT time, {names} FROM {table} WHERE time >= $2 AND time <= $3 "
-                "AND gpu_id = (SELECT gpu_id FROM gpus WHERE gpu_uuid = $1) ORDER BY time",
-                f"GPU-9999-{gpu:03d}", start, start + timedelta(days=1),
-            )  # fmt: skip
-            taken.append(time.monotonic() - begun)
+async def _query_seconds(database: TelemetryDatabase, start: datetime, step: timedelta | None) -> float:
+    """Return how long the answer of `/v1/gpus/{uuid}/telemetry` takes, without HTTP: read, and encoded as JSON."""
+    end, taken = start + timedelta(days=1), []
+    for number in range(20):
+        begun = time.monotonic()
+        gpu = await telemetry_reads.gpu_id(database.pool, f"GPU-9999-{number:03d}")
+        if gpu is None:
+            break
+        if step is None:
+            points = await telemetry_reads.samples(database.pool, gpu, start, end, QUERIED, _MOST_POINTS)
+        else:
+            points = await telemetry_reads.rolled(database.pool, gpu, start, end, QUERIED, step, _MOST_POINTS)
+        msgspec.json.encode(points)
+        taken.append(time.monotonic() - begun)
     return percentile(taken, 0.5)
 
 
