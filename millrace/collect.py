@@ -19,7 +19,7 @@ from millrace.collect_sources import ExporterSource, NvmlSource, Reading, Source
 from millrace.outbox import STEP, Outbox
 from millrace.output import EXIT_UNAVAILABLE, counted, emit, say
 from pipeline import metrics
-from pipeline.broker import Place, Publisher
+from pipeline.broker import Place, Publisher, client_options
 from pipeline.errors import DependencyError
 from pipeline.settings import Settings
 from pipeline.telemetry import Gpu, Sample, Samples, Why, encode_samples
@@ -84,6 +84,7 @@ class Collector:
         self._host_of: dict[str, str] = {}
         self._last: dict[str, datetime] = {}
         self._lost: frozenset[str] = frozenset()
+        self._nameless = 0
         self._reading_since: float | None = None
         #: The source answered when it was last asked.
         self.is_well = True
@@ -190,8 +191,13 @@ class Collector:
             say(f"{uuid} does not answer any more")
         for uuid in sorted(self._lost - lost):
             say(f"{uuid} answers again")
-        self._lost = lost
-        metrics.COLLECTED_GPUS.labels("lost").set(len(lost))
+        nameless = sum(reading.nameless for reading in readings)
+        if nameless > self._nameless:
+            say(
+                f"{counted(nameless, 'GPU')} did not answer once; without a UUID nothing is published of them"
+            )
+        self._lost, self._nameless = lost, nameless
+        metrics.COLLECTED_GPUS.labels("lost").set(len(lost) + nameless)
         metrics.COLLECTED_GPUS.labels("ok").set(len({sample.gpu_uuid for sample in samples} - lost))
 
     def _tell_health(self, error: DependencyError | None) -> None:
@@ -249,15 +255,19 @@ async def _serve(
     outbox = Outbox(publisher, settings.topic(GPU_SAMPLES.name), partial(_show, wishes))
     collector = Collector(source, wishes, lambda samples: outbox.put(samples, wishes.peers))
 
+    client_options(settings)  # wrong files are said now, not while samples wait
     await source.start(collector.xid_happened)
     say(f"collecting every {wishes.interval_seconds:g} s as host {wishes.host}, from {source.name}")
-    async with _site(settings, wishes, collector, outbox), asyncio.TaskGroup() as tasks:
-        sending = tasks.create_task(outbox.run())
-        telling = tasks.create_task(_tell_kafka(settings, outbox))
-        await collector.run(stop)
-        drained = await outbox.drain(DRAIN_SECONDS)
-        sending.cancel()
-        telling.cancel()
+    try:
+        async with _site(settings, collector, outbox), asyncio.TaskGroup() as tasks:
+            sending = tasks.create_task(outbox.run())
+            telling = tasks.create_task(_tell_kafka(settings, outbox))
+            await collector.run(stop)
+            drained = await outbox.drain(DRAIN_SECONDS)
+            sending.cancel()
+            telling.cancel()
+    except BaseExceptionGroup as group:  # the reader of stdout went away, or a bug: one is enough to say
+        raise group.exceptions[0] from None
     lost = f"; {counted(outbox.held, 'sample')} could not be published" if not drained else ""
     dropped = f"; {counted(outbox.dropped, 'sample')} dropped" if outbox.dropped else ""
     say(f"published {counted(outbox.published, 'sample')}{dropped}{lost}")
@@ -265,9 +275,7 @@ async def _serve(
 
 
 @contextlib.asynccontextmanager
-async def _site(
-    settings: Settings, wishes: Wishes, collector: Collector, outbox: Outbox
-) -> AsyncIterator[None]:
+async def _site(settings: Settings, collector: Collector, outbox: Outbox) -> AsyncIterator[None]:
     """Serve health and metrics if a port was set: whoever types the command asks for none."""
     if not settings.worker_port:
         yield

@@ -23,6 +23,8 @@ from pipeline.telemetry import Gpu, Sample, Why
 # A page of 16 GPUs has 0.1 MB; MIG and many labels make it ten times as large.
 MAX_PAGE_BYTES = 32 * 1024 * 1024
 SCRAPE_SECONDS = 10.0
+# A driver that has not returned by then is stuck; the thread in it does not keep the process.
+_CLOSE_SECONDS = 2.0
 
 #: GPU UUID, code, moment; called on the event loop.
 OnXid = Callable[[str, int, datetime], None]
@@ -38,6 +40,8 @@ class Reading:
     host: str
     samples: list[Sample]
     gpus: tuple[Gpu, ...]
+    #: GPUs that have not answered once: nobody knows their UUID.
+    nameless: int = 0
 
 
 class Source(Protocol):
@@ -89,12 +93,12 @@ class NvmlSource:
     async def read(self) -> list[Reading]:
         """Read every GPU; takes as long as the driver does."""
         samples = await self._thread.call(lambda: self._nvml.sample(datetime.now(UTC)))
-        return [Reading(self._host, samples, self._nvml.gpus)]
+        return [Reading(self._host, samples, self._nvml.gpus, self._nvml.nameless)]
 
     async def stop(self) -> None:
         """Close NVML, unless the driver is stuck."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._thread.call(self._nvml.close), 5.0)
+            await asyncio.wait_for(self._thread.call(self._nvml.close), _CLOSE_SECONDS)
 
     def _xid_happened(self, uuid: str, code: int) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to tell

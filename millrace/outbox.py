@@ -22,7 +22,7 @@ MAX_HELD_BYTES = 64 * 1024 * 1024
 _log = logs.get(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Held:
     """A record that waits."""
 

@@ -139,7 +139,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     decode_seconds: float | None = None
     forward_seconds: float | None = None
     gpu_uuid: str | None = None
-    #: This picture's share of what the GPU drew during the pass: an equal part of the batch's, an allocation.
+    #: This picture's share of what the pass is charged for: an equal part of the batch's, an allocation.
     joules: float | None = None
     #: The part of `joules` that the GPU would have drawn in that time had it stood idle.
     idle_joules: float | None = None

@@ -7,11 +7,8 @@ was reloaded, or replaced by another version, is begun anew. Instances of MIG ar
 
 import _ctypes
 import contextlib
-import ctypes
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import datetime
 
 import pynvml
@@ -19,10 +16,8 @@ import pynvml
 from pipeline import logs
 from pipeline.errors import DependencyError
 from pipeline.nvml_values import Handle, Reader
+from pipeline.nvml_xids import Device, OnXid, XidWatch, address
 from pipeline.telemetry import Gpu, Sample
-
-#: GPU UUID and code; called from a thread of its own.
-OnXid = Callable[[str, int], None]
 
 # The driver was reloaded, unloaded or replaced: nothing works before the library is initialised again.
 _SESSION_OVER = frozenset(
@@ -35,24 +30,11 @@ _SESSION_OVER = frozenset(
 _GPU_LOST = frozenset(
     {pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED, pynvml.NVML_ERROR_GPU_NOT_FOUND}
 )
-_NO_INSTANCE = 0xFFFFFFFF
 # Instances come and go with MIG, and GPUs come back.
 _LOOK_AGAIN_SECONDS = 60.0
 _FIRST_WAIT_SECONDS = 1.0
-# A thread that waits for XID errors ends within this.
-_WAIT_MILLISECONDS = 100
 
 _log = logs.get(__name__)
-
-
-@dataclass(slots=True)
-class _Device:
-    gpu: Gpu
-    reader: Reader
-    #: Whether MIG is on: what is supported depends on it.
-    is_divided: bool = False
-    #: Of a MIG instance: its GPU instance and compute instance.
-    instance: tuple[int, int] | None = None
 
 
 class Nvml:
@@ -60,11 +42,13 @@ class Nvml:
 
     def __init__(self, on_xid: OnXid | None = None) -> None:
         self._on_xid = on_xid
-        self._devices: dict[str, _Device] = {}
+        self._devices: dict[str, Device] = {}
         #: Seen before and not answering now; for ever, as only a person knows that one was taken out.
         self._lost: dict[str, Gpu] = {}
+        #: How many GPUs have not answered once, so that nobody knows their UUID.
+        self.nameless = 0
         self._is_open = False
-        self._watch: _XidWatch | None = None
+        self._watch: XidWatch | None = None
         self._retry_at = self._looked_at = 0.0
         self._waits = _waits()
         self._driver_version: str | None = None
@@ -184,7 +168,8 @@ class Nvml:
 
     def _find(self) -> None:
         """Bring devices up to date with what the driver knows."""
-        found: dict[str, _Device] = {}
+        found: dict[str, Device] = {}
+        silent = 0
         for index in range(pynvml.nvmlDeviceGetCount()):
             try:
                 for device in self._describe(index):
@@ -192,13 +177,14 @@ class Nvml:
             except pynvml.NVMLError as error:
                 if error.value in _SESSION_OVER:
                     raise
+                silent += 1
                 _log.warning("a GPU does not answer", index=index, error=str(error))
         for uuid, device in found.items():
             known = self._devices.get(uuid)
             if (
                 known is not None
                 and known.is_divided == device.is_divided
-                and _address(known.reader.handle) == _address(device.reader.handle)
+                and address(known.reader.handle) == address(device.reader.handle)
             ):
                 device.reader = known.reader
             if self._lost.pop(uuid, None) is not None:
@@ -207,19 +193,20 @@ class Nvml:
             parent = device.gpu.parent_uuid
             if uuid not in found and parent not in found:  # an instance may be deleted, a GPU may not
                 self._lost[uuid] = device.gpu
-        present = {uuid: _address(device.reader.handle) for uuid, device in found.items()}
-        before = {uuid: _address(device.reader.handle) for uuid, device in self._devices.items()}
+        present = {uuid: address(device.reader.handle) for uuid, device in found.items()}
+        before = {uuid: address(device.reader.handle) for uuid, device in self._devices.items()}
         self._devices = found
         # Instances of a lost GPU that has come back without them are gone with it.
         for uuid, gpu in list(self._lost.items()):
             if gpu.parent_uuid in found:
                 del self._lost[uuid]
+        self.nameless = max(0, silent - sum(gpu.parent_uuid is None for gpu in self._lost.values()))
         if self._on_xid is not None and (
             self._watch is None or self._watch.has_ended or present.keys() != before.keys()
         ):
             self._begin_watch()
 
-    def _describe(self, index: int) -> Iterator[_Device]:
+    def _describe(self, index: int) -> Iterator[Device]:
         """Yield a GPU and its MIG instances."""
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         uuid = pynvml.nvmlDeviceGetUUID(handle)
@@ -237,7 +224,7 @@ class Nvml:
             pci_bus_id=_optional(lambda it: pynvml.nvmlDeviceGetPciInfo(it).busId, handle),
             driver_version=self._driver_version,
         )
-        yield _Device(gpu, Reader(handle), is_divided)
+        yield Device(gpu, Reader(handle), is_divided)
         if is_divided:
             for position in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
                 with contextlib.suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
@@ -248,7 +235,7 @@ class Nvml:
         if self._on_xid is None:
             return
         try:
-            self._watch = _XidWatch(list(self._devices.values()), self._on_xid)
+            self._watch = XidWatch(list(self._devices.values()), self._on_xid)
         except pynvml.NVMLError as error:  # the next sample finds out if the driver has gone
             _log.warning("XID errors will not be seen", error=str(error))
 
@@ -261,69 +248,11 @@ class Nvml:
         """Plan the next look: soon after something went, then less and less often."""
         if begin:
             self._waits = _waits()
-        is_well = self._is_open and not self._lost
+        is_well = self._is_open and not self._lost and not self.nameless
         self._retry_at = time.monotonic() + (_LOOK_AGAIN_SECONDS if is_well else next(self._waits))
 
 
-class _XidWatch:
-    """A thread that waits for XID errors of some GPUs; it ends itself when the driver no longer answers."""
-
-    def __init__(self, devices: list[_Device], on_xid: OnXid) -> None:
-        self._on_xid = on_xid
-        self._uuids = {_address(device.reader.handle): device.gpu.gpu_uuid for device in devices}
-        self._instances = {
-            (device.gpu.parent_uuid, device.instance): device.gpu.gpu_uuid
-            for device in devices
-            if device.instance is not None
-        }
-        self._stopping = threading.Event()
-        self._events = pynvml.nvmlEventSetCreate()
-        for device in devices:
-            # An instance's errors come as its GPU's; some GPUs report no events.
-            if device.instance is None:
-                with contextlib.suppress(pynvml.NVMLError):
-                    pynvml.nvmlDeviceRegisterEvents(
-                        device.reader.handle, pynvml.nvmlEventTypeXidCriticalError, self._events
-                    )
-        self._thread = threading.Thread(target=self._run, name="xid", daemon=True)
-        self._thread.start()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nobody waits any more."""
-        return not self._thread.is_alive()
-
-    def stop(self) -> None:
-        """End it; blocks until nobody is in the library."""
-        self._stopping.set()
-        self._thread.join()
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlEventSetFree(self._events)
-
-    def _run(self) -> None:
-        while True:
-            is_last = self._stopping.is_set()  # what has happened already is told
-            try:
-                event = pynvml.nvmlEventSetWait_v2(self._events, 0 if is_last else _WAIT_MILLISECONDS)
-            except pynvml.NVMLError_Timeout:
-                if is_last:
-                    return
-                continue
-            except pynvml.NVMLError as error:
-                _log.warning("waiting for XID errors failed", error=str(error))
-                return  # the next look makes another set, of the GPUs that answer
-            uuid = self._uuid_of(event)
-            if uuid is not None and event.eventType == pynvml.nvmlEventTypeXidCriticalError:
-                self._on_xid(uuid, int(event.eventData))
-
-    def _uuid_of(self, event: "pynvml.c_nvmlEventData_t") -> str | None:
-        uuid = self._uuids.get(_address(event.device))
-        if event.gpuInstanceId == _NO_INSTANCE:
-            return uuid
-        return self._instances.get((uuid, (event.gpuInstanceId, event.computeInstanceId)), uuid)
-
-
-def _instance(parent: Gpu, handle: Handle) -> _Device:
+def _instance(parent: Gpu, handle: Handle) -> Device:
     instance = (pynvml.nvmlDeviceGetGpuInstanceId(handle), pynvml.nvmlDeviceGetComputeInstanceId(handle))
     name = str(_optional(pynvml.nvmlDeviceGetName, handle) or "")
     gpu = Gpu(
@@ -336,7 +265,7 @@ def _instance(parent: Gpu, handle: Handle) -> _Device:
         driver_version=parent.driver_version,
         labels={"gpu_instance": str(instance[0]), "compute_instance": str(instance[1])},
     )
-    return _Device(gpu, Reader(handle, is_instance=True), instance=instance)
+    return Device(gpu, Reader(handle, is_instance=True), instance=instance)
 
 
 def _optional(call: Callable[[Handle], object], handle: Handle) -> str | None:
@@ -350,10 +279,6 @@ def _optional(call: Callable[[Handle], object], handle: Handle) -> str | None:
 
 def _prefixed(prefix: str, text: str | None) -> str | None:
     return None if text is None else prefix + text
-
-
-def _address(handle: Handle) -> int:
-    return ctypes.cast(handle, ctypes.c_void_p).value or 0
 
 
 def _waits() -> Iterator[float]:

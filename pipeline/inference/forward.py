@@ -136,10 +136,11 @@ class Forward:
         results: list[tuple[ModelResult, ...] | None] = []
         energy = Energy()
         try:
-            begun = None if self._meter is None else self._meter.begin()
+            if self._meter is not None:
+                self._meter.begin()
             results = self._pass(works)
-            if self._meter is not None and begun is not None:
-                energy = self._meter.end(begun)
+            if self._meter is not None:
+                energy = self._meter.end()
         except Exception as error:  # a model may raise anything
             reason, is_memory = self._reason(error), _is_out_of_memory(error)
             is_output = isinstance(error, _WrongOutputError)

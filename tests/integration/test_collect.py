@@ -229,14 +229,18 @@ async def test_what_waits_for_kafka_is_bounded_and_in_order(kafka: str, topic_pr
     assert read == kept
 
 
-async def test_a_signal_ends_a_collector_while_kafka_is_away(
-    script: Script, running: workers.Workers
+async def test_a_signal_ends_a_collector_while_kafka_and_the_driver_are_stuck(
+    script: Script, running: workers.Workers, tmp_path: Path
 ) -> None:
-    """SIGTERM ends a collector within its time with 69, and it says how much could not be published."""
+    """SIGTERM ends a collector with Kafka away and a driver that does not return, and it says what was lost."""
+    calls = tmp_path / "calls"
     collector = running.start(
-        "-m", "millrace", "collect", "--interval", "100ms", MILLRACE_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:9"
-    )
+        "-m", "millrace", "collect", "--interval", "100ms",
+        MILLRACE_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:9", NVML_STAND_IN_CALLS=str(calls),
+    )  # fmt: skip
     await eventually(lambda: collector.metric("millrace_collect_seconds_count") >= 2, 30)
+    script.set({"gpu.0.hang": 3600})
+    await eventually(lambda: "0 hang" in calls.read_text(), 30)
     collector.send(signal.SIGTERM)
     await asyncio.to_thread(collector.wait, 60)
     assert collector.exit_code == 69

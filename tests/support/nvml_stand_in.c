@@ -10,6 +10,7 @@
  *   gpu.0.power=350000          a value in NVML's unit; gpu.*.power holds for all that have none of their own
  *   gpu.0.power=!15             the call fails with that code; without a line it is NOT_SUPPORTED
  *   gpu.0.lost=1                every call says GPU_IS_LOST, and waiting for events does, too
+ *   gpu.0.hang=60               asking for its power takes so many seconds, as a driver may that waits for a broken GPU
  *   gpu.0.mig=2                 MIG is on, with two instances: gpu.0.mig.1.uuid=…, gpu.0.mig.1.memory_used=…
  *   xid.1=0 79                  the first XID event: GPU and code, and for an instance its GPU and compute instance
  *
@@ -208,7 +209,13 @@ int nvmlDeviceGetClockInfo(device gpu, unsigned type, unsigned *out) {
 int nvmlDeviceGetCurrentClocksEventReasons(device gpu, wide *out) { return value(gpu, "clock_events", out); }
 int nvmlDeviceGetCurrentClocksThrottleReasons(device gpu, wide *out) { return value(gpu, "clock_throttle", out); }
 int nvmlDeviceGetTemperature(device gpu, unsigned sensor, unsigned *out) { (void)sensor; return narrow(gpu, "temperature_old", out); }
-int nvmlDeviceGetPowerUsage(device gpu, unsigned *out) { return narrow(gpu, "power", out); }
+int nvmlDeviceGetPowerUsage(device gpu, unsigned *out) {
+    const struct timespec hang = {number(text("gpu.%d.hang", gpu_of(gpu)), 0), 0};
+    const char *unused;
+    if (hang.tv_sec) find(gpu, "hang", &unused); /* to be seen among the calls */
+    nanosleep(&hang, NULL);
+    return narrow(gpu, "power", out);
+}
 int nvmlDeviceGetTotalEnergyConsumption(device gpu, wide *out) { return value(gpu, "energy", out); }
 int nvmlDeviceGetEnforcedPowerLimit(device gpu, unsigned *out) { return narrow(gpu, "power_limit", out); }
 int nvmlDeviceGetPerformanceState(device gpu, unsigned *out) { return narrow(gpu, "pstate", out); }

@@ -18,12 +18,12 @@ def script(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Return a script of two GPUs that the library of this process follows."""
     import pynvml
 
-    from pipeline import nvml
+    from pipeline import nvml, nvml_xids
 
     script = Script(tmp_path / "script")
     monkeypatch.setenv("NVML_STAND_IN", str(script.path))
     monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(nvml_library)))
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     monkeypatch.setattr(nvml, "_FIRST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(nvml, "_WAIT_MILLISECONDS", 20)
+    monkeypatch.setattr(nvml_xids, "_WAIT_MILLISECONDS", 20)
     return script

@@ -1,11 +1,12 @@
 """Receipts say what a prediction cost in energy, by the real pynvml against a library that follows a script."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeline.energy import meter_of
+from pipeline.energy import Energy, EnergyMeter, meter_of
 from pipeline.models import Output
 from tests.support import engines, models
 from tests.support.engines import predicted
@@ -24,10 +25,61 @@ def mapped(script: Script, monkeypatch: pytest.MonkeyPatch) -> list[torch.device
     return synchronised
 
 
+class Clock:
+    """Time that goes on when told, while the GPU draws."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self.now, self.millijoules = 100.0, 1_000_000
+
+    def __call__(self) -> float:
+        return self.now
+
+    def go_on(self, seconds: float, watts: float) -> None:
+        self.now += seconds
+        self.millijoules += round(seconds * watts * 1000)
+        self._script.set({"gpu.1.energy": self.millijoules})
+
+
+@pytest.fixture
+def clock(script: Script) -> Clock:
+    """Return a clock, of a GPU that draws 80 W idle."""
+    script.set({"gpu.1.power": 80_000, "gpu.1.energy": 1_000_000})
+    return Clock(script)
+
+
+def passed(meter: EnergyMeter, clock: Clock, seconds: float, watts: float) -> Energy:
+    meter.begin()
+    clock.go_on(seconds, watts)
+    return meter.end()
+
+
+def test_the_counter_tells_what_passes_draw(
+    script: Script, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes are charged for their time at the power of a GPU at work; what is drawn between them is not theirs."""
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("NVML_STAND_IN_CALLS", str(calls))
+    meter = EnergyMeter(script.uuid(1), lambda: None, clock)
+    for _ in range(40):
+        charged = passed(meter, clock, 0.025, 480)
+        clock.go_on(0.025, 80)
+    assert charged.joules == pytest.approx(12)
+    assert charged.idle_joules == pytest.approx(2)
+    assert calls.read_text().splitlines().count("1 energy") < 10  # not for each of 40 passes
+    clock.go_on(3600, 95)  # of an hour's pause nothing is anybody's
+    charged = [passed(meter, clock, 0.1, 300) for _ in range(20)][-1]
+    assert charged.joules == pytest.approx(30)
+    assert passed(meter, clock, 0.1, 0).joules == pytest.approx(30)
+    clock.go_on(60, 80)
+    charged = passed(meter, clock, 0.1, 0)  # the counter's next step is yet to come
+    assert charged.joules == charged.idle_joules == pytest.approx(8)
+
+
 async def test_receipts_share_the_energy_of_their_batch(
     script: Script, mapped: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each picture of a batch gets an equal part of what the GPU drew, and of that what it draws idle."""
+    """Each picture of a batch is charged an equal part, which is no less than what the GPU draws idle."""
     script.set({"gpu.1.power": 80_000, "gpu.1.energy": 1_000_000})
     meter = meter_of(CUDA)
     monkeypatch.setattr("pipeline.inference.engine.meter_of", lambda device: meter)
@@ -35,7 +87,7 @@ async def test_receipts_share_the_energy_of_their_batch(
 
     def draw(batch: torch.Tensor) -> list[Output]:
         nonlocal drawn
-        drawn += 6_000
+        drawn += 60_000
         script.set({"gpu.1.energy": drawn})
         return [Output(score=1.0)] * len(batch)
 
@@ -43,31 +95,33 @@ async def test_receipts_share_the_energy_of_their_batch(
         names = [bench.submit() for _ in range(6)]
         outcomes = await bench.finished()
     receipts = [predicted(outcomes[name]).receipt for name in names]
-    assert {receipt.gpu_uuid for receipt in receipts} == {script.uuid(1)}
+    batches = {receipt.batch_id: receipt for receipt in receipts}
     for receipt in receipts:
-        assert receipt.batch_size is not None
-        assert receipt.joules == pytest.approx(6 / receipt.batch_size)
+        assert receipt.gpu_uuid == script.uuid(1)
+        assert receipt.joules is not None
         assert receipt.idle_joules is not None
         assert receipt.forward_seconds is not None
-        assert 0 < receipt.idle_joules <= 80 * receipt.forward_seconds / receipt.batch_size + 1e-6
-    batches = {receipt.batch_id for receipt in receipts}
+        assert 0 < receipt.idle_joules <= receipt.joules
+        assert receipt.joules == batches[receipt.batch_id].joules
+        assert receipt.idle_joules <= 80 * receipt.forward_seconds / (receipt.batch_size or 1) + 1e-6
     assert mapped == [CUDA] * 2 * len(batches)
 
 
-def test_what_nvml_does_not_say_is_absent(script: Script, mapped: list[torch.device]) -> None:
+def test_what_nvml_does_not_say_is_absent(script: Script, clock: Clock) -> None:
     """A counter that fell, that fails or that is not there gives no joules; the GPU is named all the same."""
-    meter = meter_of(CUDA)
-    assert meter is not None
-    begun = meter.begin()
-    script.set({"gpu.1.energy": 5})
-    after_reset = meter.end(begun)
+    meter = EnergyMeter(script.uuid(1), lambda: None, clock)
+    assert passed(meter, clock, 1.0, 100).joules == pytest.approx(100)
+    clock.millijoules = 5
+    after_reset = passed(meter, clock, 1.0, 100)
+    assert passed(meter, clock, 1.0, 100).joules == pytest.approx(100)
     script.set({"gpu.1.lost": 1})
-    lost = meter.end(meter.begin())
-    script.set({"gpu.1.lost": None, "gpu.*.energy": "!3", "gpu.1.energy": None})
-    unsupported = meter_of(CUDA)
-    assert unsupported is not None
-    without = unsupported.end(unsupported.begin())
-    for energy in (after_reset, lost, without):
+    lost = passed(meter, clock, 1.0, 100)
+    script.set({"gpu.1.lost": None})
+    assert passed(meter, clock, 1.0, 100).joules == pytest.approx(100)
+    script.set({"gpu.*.energy": "!3", "gpu.1.energy": None})
+    unsupported = EnergyMeter(script.uuid(1), lambda: None)
+    unsupported.begin()
+    for energy in (after_reset, lost, unsupported.end()):
         assert (energy.gpu_uuid, energy.joules, energy.idle_joules) == (script.uuid(1), None, None)
 
 
@@ -77,4 +131,5 @@ def test_there_is_no_meter_without_a_gpu(script: Script, mapped: list[torch.devi
     script.set({"init": "!12"})
     meter = meter_of(CUDA)
     assert meter is not None
-    assert meter.end(meter.begin()).joules is None
+    meter.begin()
+    assert meter.end().joules is None

@@ -209,6 +209,17 @@ def test_xid_errors_are_heard_beside_a_lost_gpu(
     assert xids.get(timeout=10) == (script.uuid(0), 13)
 
 
+def test_a_gpu_that_never_answered_is_counted(opened: Opened, script: Script) -> None:
+    """A GPU that is lost from the beginning has no UUID to report; it is counted until it answers."""
+    script.set({"gpu.1.lost": 1})
+    reader = opened()
+    assert [sample.gpu_uuid for sample in reader.sample(NOW)] == [script.uuid(0)]
+    assert reader.nameless == 1
+    script.set({"gpu.1.lost": None})
+    assert {sample.state for sample in reader.sample(NOW)} == {"ok"}
+    assert (reader.nameless, len(reader.gpus)) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
