@@ -37,7 +37,9 @@ _IDENTITY = {
     "pci_bus_id": "pci_bus_id", "DCGM_FI_DRIVER_VERSION": "driver_version", "__name__": "metric_name",
 }  # fmt: skip
 # Labels of one series, not of the GPU.
-_OF_A_SERIES = frozenset({"err_code", "err_msg", "xid", "window_size_in_ms", "clock_event"})
+_OF_A_SERIES = frozenset(
+    {"GPU_I_ID", "GPU_I_PROFILE", "err_code", "err_msg", "xid", "window_size_in_ms", "clock_event"}
+)
 _NOT_LABELS = _OF_A_SERIES | frozenset(_IDENTITY)
 _KNOWN_COLUMNS = frozenset({*_REQUIRED, *_IDENTITY.values(), "labels_raw"})
 
@@ -201,6 +203,11 @@ class Dump:
         found = {_IDENTITY[name]: text for name, text in labels.items() if name in _IDENTITY}
         found |= {name: text for name, index in columns.identity if (text := row[index].strip())}
         host, gpu_uuid = found.get("hostname", ""), found.get("uuid", "")
+        instance = labels.get("GPU_I_ID")
+        if instance and gpu_uuid:
+            # As `millrace collect --from-exporter` calls it: dcgm-exporter gives instances the UUID of their GPU.
+            found["parent"], gpu_uuid = gpu_uuid, f"MIG-{gpu_uuid}:{instance}"
+            found["device"] = labels.get("GPU_I_PROFILE") or found.get("device", "")
         if gpu_uuid in self.gpus.get(host, {}):
             return _Identity(host, gpu_uuid)
         if not gpu_uuid:
@@ -262,7 +269,8 @@ def _columns(header: list[str]) -> _Columns:
 def _gpu(host: str, gpu_uuid: str, found: Mapping[str, str], labels: Mapping[str, str]) -> telemetry.Gpu:
     described: dict[str, Any] = {
         "gpu_uuid": gpu_uuid, "model": found.get("modelname"), "device": found.get("device"),
-        "pci_bus_id": found.get("pci_bus_id"), "driver_version": found.get("driver_version"),
+        "pci_bus_id": found.get("pci_bus_id"), "parent_uuid": found.get("parent"),
+        "driver_version": found.get("driver_version"),
         "labels": {name: text for name, text in labels.items() if text},
     }  # fmt: skip
     index = found.get("gpu_id", "")

@@ -130,6 +130,17 @@ def test_unknown_metrics_keep_their_name(tmp_path: Path) -> None:
     assert gpu.labels == {"team": 'red, "fast"', "rack": "7"}
 
 
+def test_parts_of_a_gpu_are_gpus(tmp_path: Path) -> None:
+    """A MIG instance has an identity of its own, and its GPU's beside it."""
+    cells = values(gpus=1)[0].row()
+    part = cells | {"labels_raw": cells["labels_raw"] + ',GPU_I_ID="3",GPU_I_PROFILE="1g.10gb"', "value": "7"}
+    dump, found = read(write(tmp_path / "dump.csv", [cells, part]))
+    uuid = cells["uuid"]
+    assert {row[2]: row[4] for row in found} == {uuid: float(cells["value"]), f"MIG-{uuid}:3": 7.0}
+    gpu = dump.gpus[cells["Hostname"]][f"MIG-{uuid}:3"]
+    assert (gpu.parent_uuid, gpu.device) == (uuid, "1g.10gb")
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "\n", "time,value\n1,2\n", "timestamp,metric_name,value\n1,a,2\n", "\x89PNG\r\n\x1a\n\0\0", '"open'],
