@@ -1,14 +1,14 @@
 """How fast the spine is: beside bare loops over the same pictures, and from publication to prediction.
 
 It takes addresses: Kafka from the settings, where one `predict` worker of the same settings must run, and the
-address of its HTTP site, to ask for its processor time. It starts nothing but the loops, each in a process of
+worker's process, to ask for its processor time. It starts nothing but the loops, each in a process of
 its own. As many of the same pictures go through the loops in turn with it, and medians are compared.
 """
 
 import asyncio
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,11 +27,11 @@ class Bench:
     """Runs a plan against one worker."""
 
     def __init__(
-        self, settings: Settings, plan: Plan, *, worker_url: str | None = None, say: Say = print
+        self, settings: Settings, plan: Plan, *, pids: Mapping[str, int] | None = None, say: Say = print
     ) -> None:
         self._settings = settings
         self._plan = plan
-        self._meter = Meter(settings, worker_url=worker_url)
+        self._meter = Meter(settings, pids=pids)
         self._say = say
 
     async def run(self, load_before: float) -> Result:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -108,6 +108,22 @@ class Others:
         return round(max(0.0, others / seconds), 2)
 
 
+class CpuSeconds:
+    """How much processor time processes took since this was made: this one, those named, the whole machine."""
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self._pids = dict(pids)
+        self._before = self._now()
+
+    def spent(self) -> dict[str, float]:
+        """Return it by name; `client` is this process, `machine` everything, kernel threads and others included."""
+        return {name: max(0.0, now - self._before[name]) for name, now in self._now().items()}
+
+    def _now(self) -> dict[str, float]:
+        named = {name: _process_seconds(pid) for name, pid in self._pids.items()}
+        return named | {"client": time.process_time(), "machine": _busy_seconds()}
+
+
 def commit() -> str | None:
     """Return the commit of this checkout; None if it is none."""
     try:
@@ -165,6 +181,12 @@ def _busy_seconds() -> float:
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _process_seconds(pid: int) -> float:
+    """Return what a process and its threads have used: proc(5), /proc/PID/stat."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _own_seconds() -> float:

@@ -11,14 +11,24 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from loadtest import bench, engine, report, results, search, soak, telemetry_bench
+from loadtest import (
+    bench,
+    engine,
+    engine_load,
+    engine_results,
+    report,
+    results,
+    search,
+    soak,
+    telemetry_bench,
+)
 from millrace import ports, processes
 from millrace.local import local_services
 from millrace.output import EXIT_FAILED, emit, say, show_table
@@ -34,10 +44,11 @@ _NO_DATABASE = "postgresql://127.0.0.1:1/none"
 
 @dataclass(frozen=True)
 class Stack:
-    """What runs: its settings, and the address of each process's HTTP site."""
+    """What runs: its settings, the address of each part's HTTP site, and the processes of parts and services."""
 
     settings: Settings
     urls: dict[str, str]
+    pids: dict[str, int]
 
 
 def run_bench(settings: Settings, plan: results.Plan, *, as_json: bool, write: bool) -> int:
@@ -45,34 +56,49 @@ def run_bench(settings: Settings, plan: results.Plan, *, as_json: bool, write: b
     load_before, others = os.getloadavg()[0], report.Others()
     _check_folder(write)
     with running(settings, ("predict",)) as stack:
-        measuring = bench.Bench(stack.settings, plan, worker_url=stack.urls["predict"], say=say)
+        measuring = bench.Bench(stack.settings, plan, pids=_pids(stack), say=say)
         result = asyncio.run(measuring.run(load_before))
     result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
     _give(result, results.rows(result), as_json, KEPT / "spine.json" if write else None)
     return EXIT_FAILED if result.online.lost else 0
 
 
-def run_engine(settings: Settings, plan: engine.Plan, *, as_json: bool, write: bool) -> int:
+def run_engine(settings: Settings, plan: engine_results.Plan, *, as_json: bool, write: bool) -> int:
     """Measure the engine with one `predict` worker for each model; return the exit code."""
     circumstances, others = report.Circumstances.now(os.getloadavg()[0]), report.Others()
     _check_folder(write)
-    models = {}
-    for model in plan.models:
-        named = settings.model_copy(update={"models": engine.specification(model)})
-        with running(named, ("predict",)) as stack:
-            measuring = engine.EngineBench(stack.settings, plan, stack.urls["predict"], say=say)
-            models[model] = asyncio.run(measuring.run(model))
-    result = engine.Result(
+    if write and set(plan.parts) != set(engine_results.PARTS):
+        raise ConfigurationError("--write keeps whole runs: leave --parts out")
+    result = engine_results.Result(
         commit=circumstances.commit,
         machine=circumstances.machine,
         seed=plan.seed,
         circumstances=circumstances,
         plan=plan,
-        models=models,
-        others_busy_cores=others.busy_cores(),
+        models={},
     )
-    _give(result, engine.rows(result), as_json, KEPT / "engine.json" if write else None)
+    for model in plan.models if "speed" in plan.parts else plan.models[:1]:
+        with _predicting(settings, model) as stack:
+            url = stack.urls["predict"]
+            if "speed" in plan.parts:
+                measuring = engine.EngineBench(stack.settings, plan, url, pids=_pids(stack), say=say)
+                result.models[model] = asyncio.run(measuring.run(model))
+            if model == plan.models[0]:
+                loading = engine_load.LoadBench(stack.settings, plan, url, say=say)
+                result = asyncio.run(loading.run(result))
+    result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
+    _give(result, engine_results.rows(result), as_json, KEPT / "engine.json" if write else None)
     return 0
+
+
+def _predicting(settings: Settings, model: str) -> AbstractContextManager[Stack]:
+    return running(settings.model_copy(update={"models": engine.specification(model)}), ("predict",))
+
+
+def _pids(stack: Stack) -> dict[str, int]:
+    """Return the processes whose processor time is told apart, by what a result calls them."""
+    names = {"predict": "worker", "kafka": "broker"}
+    return {names[part]: pid for part, pid in stack.pids.items() if part in names}
 
 
 def run_search(settings: Settings, plan: search.Plan, *, as_json: bool, write: bool) -> int:
@@ -161,8 +187,10 @@ def running(settings: Settings, parts: Sequence[str]) -> Iterator[Stack]:
             if services.postgres is not None:
                 own = own.model_copy(update={"database_url": services.postgres.dsn})
             asyncio.run(_prepare(own, has_database))
-            with _processes(own, parts, folder) as urls:
-                yield Stack(own, urls)
+            with _processes(own, parts, folder) as stack:
+                if services.kafka is not None and services.kafka.pid is not None:
+                    stack.pids["kafka"] = services.kafka.pid
+                yield stack
 
 
 async def _prepare(settings: Settings, has_database: bool) -> None:
@@ -172,7 +200,7 @@ async def _prepare(settings: Settings, has_database: bool) -> None:
 
 
 @contextmanager
-def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
+def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterator[Stack]:
     """Start the parts, wait until they are ready, and drain them at the end."""
     environment = {
         **os.environ,
@@ -205,7 +233,7 @@ def _processes(settings: Settings, parts: Sequence[str], folder: Path) -> Iterat
                 or process.poll() is not None
             ):
                 raise DependencyError(f"{part} is not ready:\n{processes.tail(folder / f'{part}.log')}")
-        yield urls
+        yield Stack(settings, urls, {part: process.pid for part, process in started.items()})
     finally:
         for process in started.values():
             if process.poll() is None:

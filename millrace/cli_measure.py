@@ -1,5 +1,6 @@
 """Commands that measure: each starts a stack of its own on free ports and takes it down again."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -7,6 +8,16 @@ import typer
 from millrace.command import Json, run
 
 app = typer.Typer(rich_markup_mode=None)
+
+
+class Part(StrEnum):
+    """What the benchmark of the engine consists of."""
+
+    speed = "speed"
+    backlog = "backlog"
+    swap = "swap"
+    depth = "depth"
+
 
 Seed = Annotated[int, typer.Option(min=0, help="Draws the same pictures and arrivals again.")]
 
@@ -43,29 +54,46 @@ def bench(
 @app.command("bench-engine")
 def bench_engine(
     seed: Seed = 7,
+    parts: Annotated[
+        list[Part] | None, typer.Option("--part", help="One of them; may be repeated. All if left out.")
+    ] = None,
     models: Annotated[
-        str, typer.Option(help="torchvision's names, comma-separated.")
+        str, typer.Option(help="torchvision's names, comma-separated; under load the first one.")
     ] = "mobilenet_v3_small,resnet50",
-    images: Annotated[int, typer.Option(min=64, help="Pictures in each offline repeat.")] = 2000,
+    images: Annotated[int, typer.Option(min=64, help="Pictures in each offline repeat, at most.")] = 2000,
     repeats: Annotated[int, typer.Option(min=1, help="Of each offline measurement.")] = 3,
     seconds: Annotated[float, typer.Option(min=1, help="How long each online measurement takes.")] = 40.0,
+    backlog: Annotated[
+        int, typer.Option(min=200, help="Pictures behind which real-time is measured.")
+    ] = 20_000,
+    swap_images: Annotated[
+        int, typer.Option(min=200, help="Pictures during which models are swapped.")
+    ] = 1_000,
+    deep: Annotated[
+        int, typer.Option(min=200, help="Pictures of the large backlog; the small one has 1,000.")
+    ] = 100_000,
     write: Annotated[bool, typer.Option("--write", help="Keep it in docs/benchmarks/engine.json.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure torchvision models through Kafka beside loops written by hand.
+    """Measure torchvision models through Kafka beside loops written by hand, and under load.
 
-    Offline: images/s beside a naive loop, the best loop without Kafka, and the best loop behind aiokafka, in turn.
-    Online: latency at 40 images/s and at 40 % and 80 % of the best loop's rate.
+    speed: images/s beside a naive loop, the best loop without Kafka, and the best loop behind aiokafka, in turn;
+    latency at 40 images/s and at 40 % and 80 % of the best loop's rate. backlog: real-time pictures and memory
+    while bulk pictures wait. swap: the gap that another version leaves. depth: a small backlog beside a large one.
     """
-    from loadtest.engine import Plan
+    from loadtest.engine_results import PARTS, Plan
     from millrace import benchmarks
 
     plan = Plan(
         seed=seed,
+        parts=tuple(part.value for part in parts) if parts else PARTS,
         models=tuple(models.split(",")),
         offline_images=images,
         repeats=repeats,
         online_seconds=seconds,
+        backlog_images=backlog,
+        swap_images=swap_images,
+        deep_images=deep,
     )
     run(lambda settings: benchmarks.run_engine(settings, plan, as_json=as_json, write=write))
 

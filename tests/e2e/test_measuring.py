@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from loadtest import results, search, soak, telemetry_bench
+from loadtest import engine_results, results, search, soak, telemetry_bench
 from millrace import benchmarks
 from pipeline import settings
 from pipeline.errors import ConfigurationError
@@ -25,6 +25,49 @@ def test_bench_measures_the_spine_and_the_loops(capsys: pytest.CaptureFixture[st
     assert 0 < found.online.p50_seconds <= found.online.p95_seconds <= found.online.p99_seconds
     assert found.online.sent == found.online.received > 0
     assert found.online.lost == 0
+
+
+def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each part has its numbers, they agree with each other, and the swap has lost and repeated nothing."""
+    plan = engine_results.Plan(
+        models=("mobilenet_v3_small",), pictures=8, offline_images=64, repeats=1, online_seconds=1.0,
+        online_images_per_second=1_000.0, backlog_images=600, realtime_images_per_second=50.0,
+        realtime_seconds=1.0, swap_images=200, shallow_images=64, shallow_repeats=2, deep_images=200,
+    )  # fmt: skip
+    assert benchmarks.run_engine(settings.load(), plan, as_json=True, write=False) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    found = msgspec.json.decode(last, type=engine_results.Result)
+    assert found.models.keys() == set(plan.models)
+    measured = found.models["mobilenet_v3_small"]
+    offline = measured.offline
+    assert offline.images == 64
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in offline.repeats.values())
+    assert offline.repeats.keys() == offline.cpu_milliseconds.keys() == {"pipeline", "kafka", "best", "naive"}
+    assert all(cpu > 0 for cpu in offline.cpu_milliseconds.values())
+    pipeline = offline.pipeline_images_per_second
+    assert offline.ratio_to_best == pytest.approx(pipeline / offline.best_images_per_second, rel=0.02)
+    for online in (measured.online, measured.online_at_40_percent, measured.online_at_80_percent):
+        assert 0 < online.p50_seconds <= online.p99_seconds
+        assert 0 < online.kafka_p50_seconds <= online.kafka_p99_seconds
+        assert 0 < online.best_p50_seconds <= online.best_p99_seconds
+        assert 0 <= online.goodput <= 1
+        assert online.cpu_milliseconds.keys() == {"worker", "broker", "client", "machine"}
+    assert measured.online_at_80_percent.images_per_second == pytest.approx(
+        0.8 * offline.best_images_per_second, rel=0.02
+    )
+    assert found.backlog is not None
+    assert found.backlog.realtime_p50_seconds <= found.backlog.realtime_p99_seconds
+    assert found.backlog.realtime_sent > 0
+    assert 0 <= found.backlog.left_images < found.backlog.images
+    assert found.swap is not None
+    assert (found.swap.lost, found.swap.repeated) == (0, 0)
+    assert found.swap.predicted_by_old + found.swap.predicted_by_new == found.swap.images
+    assert min(found.swap.predicted_by_old, found.swap.predicted_by_new) > 0
+    assert found.swap.longest_gap_seconds > 0
+    assert found.swap.longest_batch_seconds > 0
+    assert found.depth is not None
+    assert len(found.depth.repeats) == 2
+    assert found.depth.ratio_of_deep > 0
 
 
 def test_soak_watches_every_process_and_accounts(capsys: pytest.CaptureFixture[str]) -> None:

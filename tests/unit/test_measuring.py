@@ -1,14 +1,16 @@
+import asyncio
 import itertools
 import random
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import faults, meter, results, soak
+from loadtest import engine_load, faults, meter, results, soak
 from loadtest.drive import arrivals
 from loadtest.report import Circumstances, Machine, Timing, percentile, rounded
+from pipeline import events
 
 MEBIBYTE = 1024 * 1024
 CIRCUMSTANCES = Circumstances(
@@ -154,3 +156,44 @@ def test_growth_and_loss_are_faults(growing: dict[str, object], what: str) -> No
     """Each thing that must stay flat is a fault of its own when it does not, and the reason says which."""
     (reason,) = judge(**growing).faults  # type: ignore[arg-type]
     assert reason.startswith(what)
+
+
+def test_the_gap_of_a_swap_is_the_longest_that_touches_it() -> None:
+    """Silence before the activation or after the report is not the swap's; what repeats or is lost is counted."""
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    # Milliseconds from the activation, the revision, and how long the forward pass took.
+    moments = [(-900, 0, 0.9), (-100, 0, 0.1), (50, 0, 0.12), (260, 0, 0.2), (600, 1, 0.1), (2000, 1, 0.7)]
+    made = [
+        (
+            round(begun.timestamp() * 1000) + at_ms,
+            events.Prediction(
+                id=str(at_ms),
+                image_id=str(number),
+                deployment="default",
+                lane="bulk",
+                outcome="predicted",
+                time=begun,
+                receipt=events.Receipt(topic="t", partition=0, offset=number, forward_seconds=seconds),
+                revision=revision,
+            ),
+        )
+        for number, (at_ms, revision, seconds) in enumerate(moments)
+    ]
+    ids = [str(number) for number in range(7)]
+    ended = begun + timedelta(milliseconds=500)
+    found = engine_load.conclude_swap([*made, made[0]], ids, begun, ended, 3, 100.0)
+    assert (found.longest_gap_seconds, found.longest_gap_otherwise_seconds) == (0.34, 1.4)
+    assert (found.longest_batch_seconds, found.seconds) == (0.2, 0.5)
+    assert (found.predicted_by_old, found.predicted_by_new) == (5, 2)
+    assert (found.lost, found.repeated, found.left_images) == (1, 1, 3)
+
+
+async def test_outcomes_are_waited_for_by_share() -> None:
+    """A share of the ids is enough where it is asked for, and ids of others do not count."""
+    outcomes = meter.Outcomes()
+    ids = [f"ours-{number}" for number in range(10)]
+    outcomes.seen |= {f"other-{number}": 0.0 for number in range(20)} | dict.fromkeys(ids[:3], 0.0)
+    outcomes.dead.add(ids[3])
+    await outcomes.wait(ids, share=0.4)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outcomes.wait(ids, share=0.5), 0.01)
