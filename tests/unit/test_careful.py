@@ -62,3 +62,14 @@ def test_a_hand_over_in_good_order_is_no_death() -> None:
 def test_any_metadata_is_read(metadata: str, committed: int | None, end: int) -> None:
     """Whatever another client wrote into the metadata, reading it never fails."""
     Mark.read(metadata, committed, end)
+
+
+def test_a_suspect_behind_records_that_are_held() -> None:
+    """While elder records are held their offset is committed, and the suspect is remembered beside it."""
+    metadata = Mark.read("assigned 10", 10, 100).attempt(14).at_commit(10)
+    assert metadata == "alone 14 1 74 10"
+    mark = Mark.read(metadata, 10, 100)
+    assert not mark.suspects(10)
+    assert mark.suspects(14)
+    assert mark.attempt(14).attempts == 2
+    assert Mark.read(metadata, 11, 100) == Mark()

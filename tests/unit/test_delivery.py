@@ -467,3 +467,66 @@ async def test_a_log_that_begins_again_is_not_taken_for_repeats() -> None:
     bench.deliver(BULK, 0, 1, 2)
     with pytest.raises(FatalError, match=r"images\.bulk\.v1:0 goes on at offset 0 after 3"):
         bench.deliver(BULK, 0)
+
+
+async def test_held_records_leave_room_and_commit_nothing() -> None:
+    """Records that are held do not pause their lane, keep no value, and are not committed past."""
+    bench = Bench(max_open_records=4)
+    bench.assign(BULK)
+    bench.deliver(BULK, *range(6), size=10)
+    assert bench.delivery.fetchable([(BULK, 0)]) == set()
+    batch = await bench.take()
+    for delivered in batch:
+        delivered.buffer()
+    assert bench.delivery.fetchable([(BULK, 0)]) == {(BULK, 0)}
+    assert {delivered.record.value for delivered in batch} == {None}
+    assert batch[1].claim()
+    batch[1].finish("watched")
+    await bench.delivery.commit()
+    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+    assert batch[0].claim()
+    batch[0].finish("watched")
+    await bench.delivery.commit()
+    assert bench.broker.committed[BULK, 0][0] == 2
+    await bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1)
+    assert all(delivered.is_forgotten for delivered in batch[2:])
+    bench.assign(BULK, committed=2)
+    bench.deliver(BULK, 2, 3, 4, 5, size=10)
+    assert len(await bench.take()) == 4  # the budget is as it was: all of it is free
+
+
+async def test_a_hand_over_waits_for_work_on_held_records_and_then_takes_them_back() -> None:
+    """A released record is unfinished; one released after a hand-over began is given back to Kafka."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, 0, 1)
+    first, second = await bench.take()
+    first.buffer()
+    second.buffer()
+    assert first.claim()
+    first.release()
+    assert first.claim()
+    handing_over = asyncio.create_task(bench.delivery.hand_over([(BULK, 0)], deadline_seconds=5))
+    await asyncio.sleep(0)
+    assert second.is_forgotten
+    assert not handing_over.done()
+    first.release()
+    await asyncio.wait_for(handing_over, 1)
+    assert first.is_forgotten
+    assert not first.claim()
+    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+
+
+async def test_suspects_that_are_held_let_the_next_one_begin() -> None:
+    """Careful mode goes on to the next record when one is held, and never commits past it."""
+    bench = Bench()
+    bench.assign(BULK, committed=0, metadata="assigned 0", end=3)
+    bench.deliver(BULK, 0, 1, 2, 3)
+    for offset in range(3):
+        (delivered,) = await bench.take()
+        assert delivered.record.offset == offset
+        committed, metadata = bench.broker.committed[BULK, 0]
+        assert (committed, metadata.split()[:3]) == (0, ["alone" if offset else "careful", str(offset), "1"])
+        delivered.buffer()
+    (delivered,) = await bench.take()
+    assert delivered.record.offset == 3
