@@ -28,7 +28,7 @@ _ALIKE_OWN, _ALIKE_PEERS = 0.05, 0.03
 class Given:
     """What a pass needs of N GPUs beside their aggregates."""
 
-    state: NDArray[np.float64]  # (N, W)
+    state: NDArray[np.float64]  # (N, W), brought up to date in place
     groups: NDArray[np.int64]  # (N,) GPUs with the same number are peers
     starts: NDArray[np.int64]  # (N,) microseconds
     ends: NDArray[np.int64]  # (N,)
@@ -63,7 +63,12 @@ class _Pass:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         self.plan = plan
-        self.state = tensor(given.state).clone()
+        self.state = tensor(given.state)
+        # By rule and contiguous: rules read and write one after the other.
+        layout = plan.layout
+        parts = (layout.since, layout.seen, layout.value, layout.which)
+        self.held = [self.state[:, part].T.contiguous() for part in parts]  # 4 x (R, N)
+        self.fields: dict[tuple[str, str], Tensor] = {}
         self.groups = tensor(given.groups)
         self.starts, self.ends = tensor(given.starts).double(), tensor(given.ends).double()
         self.assigned, self.lost = tensor(given.assigned), tensor(given.lost)
@@ -87,7 +92,10 @@ class _Pass:
         self._carry()
         self.derived = self._derive()
         now = torch.stack([self._rule(index, rule) for index, rule in enumerate(plan.rules)], dim=1)  # (N, R)
-        holding = torch.nonzero(~self.state[:, layout.since].isnan())
+        parts = (layout.since, layout.seen, layout.value, layout.which)
+        for part, held in zip(parts, self.held, strict=True):
+            self.state[:, part] = held.T
+        holding = torch.nonzero(~self.held[0].T.isnan())
         return Scored(
             state=self.state.cpu().numpy(),
             peers=self.peers,
@@ -138,7 +146,11 @@ class _Pass:
         self.state[:, layout.trend] = torch.where(used.isnan().unsqueeze(1), trend, shifted)
 
     def _field(self, name: str, statistic: str = "mean") -> Tensor:
-        return self.statistics[statistic][:, self.plan.column[name]]
+        found = self.fields.get((name, statistic))
+        if found is None:
+            found = self.statistics[statistic][:, self.plan.column[name]].contiguous()
+            self.fields[name, statistic] = found
+        return found
 
     def _derive(self) -> dict[str, Tensor]:
         """Compute what `rules.DERIVED` names, each (N,)."""
@@ -155,12 +167,6 @@ class _Pass:
             used.isnan(), used, (used >= self.plan.book.comparison.allocated_mebibytes).double()
         )
         trend = self.state[:, self.plan.layout.trend]  # (N, T)
-        difference = trend.unsqueeze(1) - trend.unsqueeze(
-            2
-        )  # (N, T, T) later less earlier above the diagonal
-        signs = (difference > _TREND_DEADBAND).double() - (difference < -_TREND_DEADBAND).double()
-        width = trend.shape[1]
-        pairs = signs.triu(1).sum((1, 2)) / (width * (width - 1) / 2)
         complete = ~trend.isnan().any(dim=1)
         utilization = self.plan.compare.get("utilization_percent")
         nothing = torch.full_like(used, torch.nan)
@@ -169,7 +175,7 @@ class _Pass:
             "memory_used_ratio": used / total,
             "power_ratio": self._field("power_watts") / self._field("power_limit_watts"),
             "busy_percent": busy,
-            "memory_trend": torch.where(complete & self.present, pairs, torch.nan),
+            "memory_trend": torch.where(complete & self.present, _kendall(trend), torch.nan),
             "memory_growth_ratio": (trend[:, -1] - trend[:, 0]) / total,
             "memory_before_ratio": trend[:, 0] / total,
             "peers_alike": self._alike(used, total),
@@ -211,8 +217,7 @@ class _Pass:
 
     def _rule(self, index: int, rule: Rule) -> Tensor:
         """Bring a rule's condition up to date in the state; return where it held in this window."""
-        layout = self.plan.layout
-        since, seen = self.state[:, layout.since][:, index], self.state[:, layout.seen][:, index]
+        since, seen, value, clause = (held[index] for held in self.held)
         active = ~since.isnan()
         holds, known, shown, which = self._evaluate(rule, active)
         for name in rule.unless_known:
@@ -223,13 +228,13 @@ class _Pass:
         kept = active & ~holds & (self.ends - seen <= patience * MICROSECONDS)
         stays = holds | kept
         updates = (
-            (layout.since, torch.where(active, since, self.starts), stays),
-            (layout.seen, torch.where(holds, self.ends, seen), stays),
-            (layout.value, torch.where(holds, shown, self.state[:, layout.value][:, index]), stays),
-            (layout.which, torch.where(holds, which, self.state[:, layout.which][:, index]), stays),
+            torch.where(active, since, self.starts),
+            torch.where(holds, self.ends, seen),
+            torch.where(holds, shown, value),
+            torch.where(holds, which, clause),
         )
-        for part, new, where in updates:
-            self.state[:, part.start + index] = torch.where(where, new, torch.nan)
+        for held, new in zip(self.held, updates, strict=True):
+            held[index] = torch.where(stays, new, torch.nan)
         return holds
 
     def _evaluate(self, rule: Rule, active: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,6 +262,20 @@ class _Pass:
             holds = holds & any_holds
             unknown, denied = unknown | ~any_known, denied | (any_known & ~any_holds)
         return holds, holds | denied | ~unknown, shown, which
+
+
+def _kendall(trend: Tensor) -> Tensor:
+    """Return Kendall's tau of the columns of (N, T): 1 where each is above those before it."""
+    tau = torch.zeros(len(trend), dtype=trend.dtype, device=trend.device)
+    # Used memory mostly stands still, which no pair of windows contradicts.
+    moves = torch.nonzero(trend.amax(dim=1) - trend.amin(dim=1) > _TREND_DEADBAND).squeeze(1)
+    moving, width = trend[moves], trend.shape[1]
+    total = torch.zeros(len(moves), dtype=torch.int64, device=trend.device)
+    for lag in range(1, width):
+        step = moving[:, lag:] - moving[:, :-lag]
+        total += (step > _TREND_DEADBAND).sum(dim=1) - (step < -_TREND_DEADBAND).sum(dim=1)
+    tau[moves] = total.to(trend.dtype) / (width * (width - 1) / 2)
+    return tau
 
 
 def _largest(scores: Tensor) -> NDArray[np.float64]:
