@@ -173,7 +173,7 @@ class Committer:
         self.app: faust.App | None = None
 
     async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
-        """Commit; see `agents.delivery.Committer`."""
+        """Commit; see `agents.commits.Committer`."""
         if self.app is None:
             return "refused"
         thread: LedgerThread = self.app.consumer._thread

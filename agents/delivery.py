@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol
 
 from agents.careful import Mark
+from agents.commits import CommitResult, Commits, Committer
 from agents.inbox import Inbox
 from agents.ownership import Delivered, LaneBudget, Partition, Start, TopicPartition
 from pipeline import logs, metrics, topics
-from pipeline.errors import DependencyError, FatalError, MillraceError, ProcessKilledError
+from pipeline.errors import FatalError, MillraceError, ProcessKilledError
 from pipeline.events import Record
 from pipeline.topics import Lane
 
@@ -28,18 +28,8 @@ __all__ = ["CommitResult", "Committer", "Delivered", "Delivery", "Start", "Topic
 
 log = logs.get(__name__)
 
-CommitResult = Literal["ok", "refused"]
-
 # Before a refused or unanswered commit of an attempt is tried again; long against a round trip.
 RETRY_SECONDS = 0.5
-
-
-class Committer(Protocol):
-    """Commits offsets with metadata for the current generation of the group."""
-
-    async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> CommitResult:
-        """Commit; `refused` when the group has moved on. Raises DependencyError if nothing answers."""
-        ...
 
 
 class Delivery:
@@ -55,9 +45,9 @@ class Delivery:
         max_open_bytes: int,
     ) -> None:
         self._step = step
-        self._committer = committer
         self._reject = reject
         self._partitions: dict[TopicPartition, Partition] = {}
+        self._commits = Commits(step, committer, self._partitions)
         self._lanes: dict[Lane, LaneBudget] = {
             lane: LaneBudget(lane, max_open_records, max_open_bytes) for lane in topics.LANES
         }
@@ -67,7 +57,6 @@ class Delivery:
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._gap = asyncio.Event()
-        self._commit_lock = asyncio.Lock()
         self._rejections: set[asyncio.Future[None]] = set()
         self._broken: BaseException | None = None
         self.joined = False
@@ -140,7 +129,7 @@ class Delivery:
             if partition is not None:
                 offset = start.beginning if start.committed is None else start.committed
                 marks[partition] = (offset, partition.mark.at_start(offset))
-        if await self._mark(marks):
+        if await self._commits.mark(marks):
             for partition, (offset, _) in marks.items():
                 partition.committed = offset
 
@@ -250,26 +239,11 @@ class Delivery:
 
         False when the broker does not answer or the group has moved on; nothing is lost by that.
         """
-        async with self._commit_lock:
-            partitions = {}
-            offsets: dict[TopicPartition, tuple[int, str]] = {}
-            for place, partition in self._partitions.items():
-                offset = partition.ledger.committable
-                moved = offset is not None and (partition.committed is None or offset > partition.committed)
-                if partition in clean and partition.marked and not moved:
-                    offset = partition.committed
-                elif not moved:
-                    continue
-                if offset is not None:
-                    partitions[place] = partition
-                    offsets[place] = (offset, partition.mark.at_commit(offset))
-            done = not offsets or await self._commit_now(offsets)
-            if done:
-                for place, partition in partitions.items():
-                    partition.committed = offsets[place][0]
-                    partition.marked = False
-                    partition.uncommitted_since = None
-        self._observe()
+        done = await self._commits.commit(clean)
+        for lane in self._lanes.values():
+            metrics.LEDGER_RECORDS.labels(self._step, lane.name).set(lane.open_records)
+            metrics.LEDGER_BYTES.labels(self._step, lane.name).set(lane.open_bytes)
+            metrics.LANE_PAUSED.labels(self._step, lane.name).set(lane.paused)
         return done
 
     def progress(self) -> dict[TopicPartition, int]:
@@ -386,7 +360,9 @@ class Delivery:
         head = offset if held is None else min(held, offset)
         # First what is finished elsewhere: a suspect whose end is not written down when the next one kills us
         # would count as one more death with it alone in flight, and be condemned in its stead.
-        written = await self.commit() and await self._mark({partition: (head, attempt.at_commit(head))})
+        written = await self.commit() and await self._commits.mark(
+            {partition: (head, attempt.at_commit(head))}
+        )
         if not written:
             await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
         elif self._inbox.next_suspect() is delivered and not self._handing_over:
@@ -427,36 +403,7 @@ class Delivery:
         if lane.add(records, size_bytes):
             self._room.set()
 
-    async def _mark(self, marks: Mapping[Partition, tuple[int, str]]) -> bool:
-        """Commit metadata, unless a hand-over has begun: its own commit must be the last word."""
-        async with self._commit_lock:
-            if not marks or any(partition.closing for partition in marks):
-                return False
-            for partition in marks:
-                partition.marked = True  # even if no answer comes: Kafka may have it
-            return await self._commit_now({partition.place: mark for partition, mark in marks.items()})
-
-    async def _commit_now(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
-        try:
-            result = await self._committer.commit(offsets)
-        except DependencyError as error:
-            metrics.COMMITS.labels(self._step, "failed").inc()
-            log.warning("commit failed, trying again", reason=error.message)
-            return False
-        metrics.COMMITS.labels(self._step, result).inc()
-        return result == "ok"
-
     def _note_expired(self, partition: Partition, offset: int, records: int) -> None:
         metrics.OFFSETS_EXPIRED.labels(self._step, partition.topic).inc(records)
         place = {"topic": partition.topic, "partition": partition.number, "offset": offset}
         log.error("retention deleted records this group had not read", **place, records=records)
-
-    def _observe(self) -> None:
-        now = time.monotonic()
-        times = [partition.uncommitted_since for partition in self._partitions.values()]
-        oldest = min((since for since in times if since is not None), default=now)
-        metrics.COMMIT_AGE_SECONDS.labels(self._step).set(now - oldest)
-        for lane in self._lanes.values():
-            metrics.LEDGER_RECORDS.labels(self._step, lane.name).set(lane.open_records)
-            metrics.LEDGER_BYTES.labels(self._step, lane.name).set(lane.open_bytes)
-            metrics.LANE_PAUSED.labels(self._step, lane.name).set(lane.paused)
