@@ -147,9 +147,9 @@ def run_telemetry(
 def _worker(settings: Settings, step: str) -> Iterator[str]:
     with (
         tempfile.TemporaryDirectory(prefix="millrace-") as name,
-        _processes(settings, (step,), Path(name)) as urls,
+        _processes(settings, (step,), Path(name)) as stack,
     ):
-        yield urls[step]
+        yield stack.urls[step]
 
 
 def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:
