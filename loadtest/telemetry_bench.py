@@ -55,8 +55,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 7
     gpus_per_host: int = 64
     hosts: int = 16
-    records: int = 6_000
-    single_records: int = 30_000
+    records: int = 3_000
+    single_records: int = 20_000
     repeats: int = 3
     #: Values in the database: where insertion and queries are measured.
     growth_values: tuple[int, ...] = (1_000_000, 3_000_000, 10_000_000)

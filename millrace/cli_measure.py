@@ -124,7 +124,7 @@ def bench_telemetry(
         list[str] | None, typer.Argument(metavar="[SECTION]...", help="Which to measure; none: all.")
     ] = None,
     seed: Seed = 7,
-    records: Annotated[int, typer.Option(min=50, help="Of 64 samples each, per repeat.")] = 6_000,
+    records: Annotated[int, typer.Option(min=50, help="Of 64 samples each, per repeat.")] = 3_000,
     repeats: Annotated[int, typer.Option(min=1, help="Of each way.")] = 3,
     write: Annotated[
         bool, typer.Option("--write", help="Keep it in docs/benchmarks/telemetry.json.")
@@ -139,7 +139,7 @@ def bench_telemetry(
     from loadtest.telemetry_bench import Plan
     from millrace import benchmarks
 
-    plan = Plan(seed=seed, records=records, single_records=5 * records, repeats=repeats)
+    plan = Plan(seed=seed, records=records, single_records=7 * records, repeats=repeats)
     run(
         lambda settings: benchmarks.run_telemetry(
             settings, plan, sections or [], as_json=as_json, write=write

@@ -13,7 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from pydantic_core import PydanticUndefined
 
 from millrace import cli
-from pipeline import errors, metrics
+from pipeline import dcgm, errors, metrics
 from pipeline.errors import MillraceError
 from pipeline.settings import PREFIX, Settings
 from pipeline.topics import DAY_SECONDS, TOPICS
@@ -180,3 +180,14 @@ def test_named_tests_exist(name: str) -> None:
 def test_every_decision_is_proved(name: str) -> None:
     """A decision names the tests that fail when it is broken."""
     assert re.search(r"\btests/\w+/test_\w+\.py\b", page(name))
+
+
+def test_the_fields_of_gpus_are_listed() -> None:
+    """The page on telemetry has the field table as the code has it."""
+    rows = [
+        f"| {field.id} | `{field.name}` | {', '.join(f'`{name}`' for name in field.names[1:])} | {field.unit} "
+        f"| {field.kind} | {field.help} |"
+        for field in dcgm.FIELDS
+    ]
+    table = "\n".join(["| id | name | DCGM | unit | kind | what |", "|---|---|---|---|---|---|", *rows])
+    assert table in page("docs/telemetry.md")
