@@ -15,6 +15,7 @@ from pipeline.database import migrate
 from pipeline.events import ImageEvent
 from pipeline.objects import ObjectStore
 from tests.support import pictures, services
+from tests.support.fleet import Fleet
 from tests.support.spine import STEPS as ALL_STEPS
 from tests.support.spine import Installation, Spine, environment, installation, under_load
 
@@ -163,3 +164,33 @@ async def test_sigterm_while_kafka_is_away(spine: Spine, killable: Killable) -> 
     await asyncio.to_thread(kafka.start)
     await spine.start(*ALL_STEPS)
     await spine.settled(max_repeated=60)
+
+
+async def test_recording_outlives_kafka_and_postgres(spine: Spine, killable: Killable) -> None:
+    """Both killed under a fleet's load, one by one: `record` goes on and keeps each sample and step once."""
+    kafka, postgres, _ = killable
+    fleet = Fleet(spine, "outage")
+    (worker,) = await spine.start("record")
+    stop = asyncio.Event()
+
+    async def send() -> None:
+        while not stop.is_set():
+            await fleet.tick(3)
+            await fleet.close_window()
+            await asyncio.sleep(0.1)
+
+    sending = asyncio.create_task(send())
+    await fleet.wait_stored(100)
+    await asyncio.to_thread(postgres.kill)
+    await asyncio.sleep(1)
+    await asyncio.to_thread(kafka.kill)
+    await asyncio.to_thread(postgres.start)
+    await asyncio.to_thread(kafka.start)
+    await fleet.wait_stored(len(fleet.samples))
+    stop.set()
+    await sending
+    # The producer of the test is idempotent, so no sample or window is in Kafka twice; a step that the dying broker
+    # took and did not acknowledge may be.
+    await fleet.settled(max_repeated_steps=3 * len(fleet.steps))
+    assert worker.exit_code is None
+    await spine.stop(worker)
