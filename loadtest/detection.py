@@ -24,10 +24,11 @@ REPORTING_SEEDS = (1, 2, 3)
 _BEGIN = datetime(2026, 1, 31, tzinfo=UTC)
 # What a fault did may still be seen in the windows after its end: rates over an hour, rows that wait for a reset.
 _AFTERMATH = timedelta(hours=2)
+_LINES_KEPT = 100
 _HOT = frozenset(
     {"thermal_margin", "temperature", "temperature_peers", "memory_temperature", "clock_throttle"}
 )
-_SLOW = frozenset({"straggler", "power_anomaly"})
+_SLOW = frozenset({"straggler", "straggler_load", "power_anomaly"})
 #: Which rules mean a fault; of a benign Xid none does.
 MEANT: Mapping[str, frozenset[str]] = {
     "thermal": _HOT,
@@ -231,7 +232,7 @@ def _result(
             for fault, alert in faults
             if alert is None
         ),
-        false=tuple(_line(alert) for alert in [*false, *healthy]),
+        false=tuple(_line(alert) for alert in [*false, *healthy])[:_LINES_KEPT],
     )
 
 
