@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from loadtest import detection, loop_process, telemetry_loop
+from loadtest import detection, loop_process, telemetry_loop, telemetry_watch
 from loadtest.report import median, percentile, read_metrics, rounded
 from pipeline import admin, telemetry, telemetry_reads
 from pipeline.broker import Publisher
@@ -46,6 +46,7 @@ QUERIED_STEP = timedelta(minutes=5)
 # A day at 10 s has 8,640.
 _MOST_POINTS = 10_000
 _STALL_SECONDS = 120.0
+_WATCHED_SINCE = datetime(2026, 1, 31, 12, tzinfo=UTC)
 # Asked less often, the end would be seen late; more often, asking would be what is measured.
 _POLL_SECONDS = 0.1
 
@@ -59,6 +60,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     records: int = 3_000
     single_records: int = 20_000
     repeats: int = 3
+    watched_seconds: int = 300
+    scored_gpus: int = 10_000
     #: Values in the database: where insertion and queries are measured.
     growth_values: tuple[int, ...] = (1_000_000, 3_000_000, 10_000_000)
 
@@ -284,8 +287,34 @@ def detect(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str
     return found
 
 
+def watch(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str, Any]:
+    """Measure samples to windows in this process: five minutes of some hosts, a sample per second and GPU."""
+    second = timedelta(seconds=1)
+    records = [
+        samples_of(plan, tick, host, plan.gpus_per_host, _WATCHED_SINCE, second)
+        for tick in range(plan.watched_seconds)
+        for host in range(2)
+    ]
+    found = telemetry_watch.measure_watch(records, plan.repeats)
+    say(f"  {found}")
+    return msgspec.structs.asdict(found)
+
+
+def score(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str, Any]:
+    """Measure one window of very many GPUs in this process."""
+    hosts = [
+        samples_of(plan, 0, host, 8, _WATCHED_SINCE, timedelta(seconds=1))
+        for host in range(plan.scored_gpus // 8)
+    ]
+    found = telemetry_watch.measure_score(hosts, max(plan.repeats, 3))
+    say(f"  {found}")
+    return msgspec.structs.asdict(found)
+
+
 Section = Callable[[Settings, Plan, Worker, Say], dict[str, Any]]
-SECTIONS: dict[str, Section] = {"record": record, "growth": growth, "detection": detect}
+SECTIONS: dict[str, Section] = {
+    "record": record, "growth": growth, "watch": watch, "score": score, "detection": detect,
+}  # fmt: skip
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ that is late. All of it follows from the records in their order and from the tim
 second reading closes the same windows with the same samples. Not thread-safe.
 """
 
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Closed:
     tokens: list[Hashable]
     cause: Cause
     roster: Roster
+    #: Processor time of the pass that scored it with all others.
+    score_seconds: float = 0.0
 
 
 @dataclass
@@ -352,7 +355,9 @@ def _close(closings: Sequence[Closing], device: torch.device, model: WindowModel
             ]
         ),
     )
+    begun = time.thread_time()
     scored = score(plan, found, given, device)
+    seconds = time.thread_time() - begun
     texts = describe.Describer(plan, found, scored, given)
     closed = []
     for closing, a, b in zip(closings, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -368,7 +373,7 @@ def _close(closings: Sequence[Closing], device: torch.device, model: WindowModel
             key=roster.key, start=moment(closing.window.start), end=moment(closing.end), gpus=gpus,
             rules_version=plan.book.version,
         )  # fmt: skip
-        closed.append(Closed(windows, list(closing.window.tokens), closing.cause, roster))
+        closed.append(Closed(windows, list(closing.window.tokens), closing.cause, roster, seconds))
     return closed
 
 
@@ -401,8 +406,8 @@ def _lost(closing: Closing, samples: Integers, last_time: Integers) -> NDArray[n
     heard = np.isin(hosts, hosts[present])
     lost = np.where(present, 0.0, np.where(heard, 1.0, np.nan))
     place = {row: number for number, row in enumerate(closing.rows)}
-    for row, time in closing.window.lost:
+    for row, at in closing.window.lost:
         number = place[row]
-        if time >= last_time[number]:
+        if at >= last_time[number]:
             lost[number] = 1.0
     return lost

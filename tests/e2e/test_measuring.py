@@ -97,15 +97,22 @@ def test_search_is_measured_in_a_database_of_its_own(capsys: pytest.CaptureFixtu
 def test_telemetry_is_measured_beside_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
     """Both ways through Kafka have stored what was published, and the growing database answers."""
     plan = telemetry_bench.Plan(
-        gpus_per_host=8, hosts=2, records=120, single_records=600, repeats=1, growth_values=(2_000, 4_000)
-    )
+        gpus_per_host=8, hosts=2, records=120, single_records=600, repeats=1, growth_values=(2_000, 4_000),
+        watched_seconds=90, scored_gpus=80,
+    )  # fmt: skip
     assert (
-        benchmarks.run_telemetry(settings.load(), plan, ["record", "growth"], as_json=True, write=False) == 0
+        benchmarks.run_telemetry(
+            settings.load(), plan, ["record", "growth", "watch", "score"], as_json=True, write=False
+        )
+        == 0
     )
     *_, last = capsys.readouterr().out.splitlines()
     found = msgspec.json.decode(last)
     for way in ("many", "single"):
         assert all(found["record"][way][name]["samples_per_second"] > 0 for name in ("record", "bare"))
+    assert found["watch"]["windows"] == 2
+    assert found["watch"]["samples_per_second"] > 0
+    assert found["score"]["whole_seconds_per_10000_gpus"] > found["score"]["seconds_per_10000_gpus"] > 0
     steps = found["growth"]["steps"]
     assert [step["values"] for step in steps] == [2_000, 4_000]
     assert all(step["insert_samples_per_second"] > 0 and step["raw_24h_seconds"] > 0 for step in steps)
