@@ -5,13 +5,17 @@ that has no fault is false, also one on the peers of a faulty GPU; what else fir
 Only warnings and worse are alerts. Delays are counted in windows from the first sample that shows the fault.
 """
 
+import multiprocessing
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import repeat
 
 import msgspec
+import torch
 
 from loadtest.fleet import Fleet, Plan
 from loadtest.fleet_faults import FAULTS, Injected
@@ -94,6 +98,7 @@ class DetectionPlan:
     kinds: tuple[str, ...] = tuple(FAULTS)
     healthy_gpus: int = 512
     healthy_seconds: float = 8 * 3600.0
+    processes: int = 2
 
 
 @dataclass
@@ -117,24 +122,45 @@ class Outcome:
 
 
 def measure(book: RuleBook, plan: DetectionPlan, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Run all fleets and judge what the detector says of them; takes a core for a minute or two."""
+    """Run all fleets and judge what the detector says of them; takes two cores for two minutes."""
     options = WatchOptions()
-    outcomes = []
-    for seed in plan.seeds:
-        tell(f"fleet {seed}: {plan.gpus} GPUs, {plan.seconds / 3600:g} h")
-        fleet = Fleet(
-            Plan(
-                _BEGIN, plan.seconds, gpus=plan.gpus, seed=seed,
-                faults=tuple(kind for kind in plan.kinds for _ in range(plan.faults_of_each)),
-            )
-        )  # fmt: skip
-        outcomes.append(judge(fleet.injected, alerts(windows(fleet, book, options))))
-    healthy: list[Raised] = []
+    fleets = [
+        Plan(
+            _BEGIN, plan.seconds, gpus=plan.gpus, seed=seed,
+            faults=tuple(kind for kind in plan.kinds for _ in range(plan.faults_of_each)),
+        )
+        for seed in plan.seeds
+    ]  # fmt: skip
     if plan.healthy_seconds:
-        tell(f"healthy fleet: {plan.healthy_gpus} GPUs, {plan.healthy_seconds / 3600:g} h")
-        fleet = Fleet(Plan(_BEGIN, plan.healthy_seconds, gpus=plan.healthy_gpus, seed=plan.seeds[0]))
-        healthy = list(alerts(windows(fleet, book, options)))
+        fleets.append(Plan(_BEGIN, plan.healthy_seconds, gpus=plan.healthy_gpus, seed=plan.seeds[0]))
+    outcomes = []
+    for fleet, outcome in zip(fleets, _live_all(fleets, book, options, plan.processes), strict=True):
+        tell(f"seed {fleet.seed}: {fleet.gpus} GPUs, {fleet.seconds / 3600:g} h, {len(fleet.faults)} faults")
+        outcomes.append(outcome)
+    healthy = outcomes.pop().false if plan.healthy_seconds else []
     return _result(plan, options, book, outcomes, healthy)
+
+
+def _live_all(
+    plans: Sequence[Plan], book: RuleBook, options: WatchOptions, processes: int
+) -> Iterator[Outcome]:
+    """Yield what comes of each fleet, in order; fleets do not depend on each other."""
+    if processes == 1:
+        yield from map(_live, plans, repeat(book), repeat(options))
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_live_alone, plans, repeat(book), repeat(options))
+
+
+def _live_alone(plan: Plan, book: RuleBook, options: WatchOptions) -> Outcome:
+    torch.set_num_threads(1)
+    return _live(plan, book, options)
+
+
+def _live(plan: Plan, book: RuleBook, options: WatchOptions) -> Outcome:
+    fleet = Fleet(plan)
+    raised = alerts(windows(fleet, book, options))
+    return judge(fleet.injected, raised)
 
 
 def windows(fleet: Fleet, book: RuleBook, options: WatchOptions) -> Iterator[Windows]:

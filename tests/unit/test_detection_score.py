@@ -60,7 +60,13 @@ def test_alerts_of_windows() -> None:
 def test_a_small_fleet_is_judged_rightly() -> None:
     """One fault of each kind is found, in two windows in the median, and nothing is said of healthy GPUs."""
     plan = DetectionPlan(
-        seeds=(101,), gpus=160, seconds=4200.0, faults_of_each=1, healthy_gpus=64, healthy_seconds=1800.0
+        seeds=(101,),
+        gpus=160,
+        seconds=4200.0,
+        faults_of_each=1,
+        healthy_gpus=64,
+        healthy_seconds=1800.0,
+        processes=1,
     )
     result = measure(load_rules(), plan)
     assert result.missed == ()
