@@ -35,8 +35,8 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
 class _Known(msgspec.Struct):
     gpu_id: int
     host: str
-    #: What was written last; None: not by this process.
-    sighting: Sighting | None = None
+    #: What was written last, by host: two that name one GPU must not have it written with every batch.
+    sightings: dict[str, Sighting] = msgspec.field(default_factory=dict)
 
 
 class KnownGpus:
@@ -96,7 +96,7 @@ class KnownGpus:
             )
         await self._look_up([sighting.gpu.gpu_uuid for sighting in sightings])
         for sighting in sightings:
-            self._known[sighting.gpu.gpu_uuid].sighting = sighting
+            self._known[sighting.gpu.gpu_uuid].sightings[sighting.host] = sighting
 
     async def _look_up(self, uuids: Sequence[str]) -> None:
         if uuids:
@@ -122,11 +122,10 @@ def _sightings(batch: Iterable[tuple[str, Samples]]) -> dict[str, Sighting]:
 
 
 def _is_news(new: Sighting, known: _Known | None) -> bool:
-    if known is None or (old := known.sighting) is None:
+    if known is None or (old := known.sightings.get(new.host)) is None:
         return True
     return (
-        new.host != known.host
-        or new.peer_key != old.peer_key
+        new.peer_key != old.peer_key
         or new.state != old.state
         or new.time - old.time >= LAST_SEEN_INTERVAL
         or (new.gpu != old.gpu and _describes(new.gpu))

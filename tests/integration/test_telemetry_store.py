@@ -141,14 +141,16 @@ async def test_what_a_gpu_is(db: TelemetryDatabase) -> None:
 
 
 async def test_a_uuid_on_two_hosts(db: TelemetryDatabase) -> None:
-    """Two hosts that name one UUID at a time are noted, with all their samples kept; later the card has moved."""
+    """Two hosts that name one UUID at a time are noted now and then, all samples kept; later the card has moved."""
     await db.save_samples(batch(sample()))
-    await db.save_samples(batch(sample(seconds=1), host="node-2"))
+    for seconds in range(1, 20, 2):
+        await db.save_samples(batch(sample(seconds=seconds), host="node-2"))
+        await db.save_samples(batch(sample(seconds=seconds + 1)))
     row = "SELECT host, conflict_host, conflicts FROM gpus"
     assert await fetch(db, row) == [("node-1", "node-2", 1)]
     await db.save_samples(batch(sample(seconds=700), host="node-2"))
     assert await fetch(db, row) == [("node-2", "node-2", 1)]
-    assert await fetch(db, "SELECT count(*) FROM gpu_samples") == [(3,)]
+    assert await fetch(db, "SELECT count(*) FROM gpu_samples") == [(22,)]
 
 
 async def test_what_the_database_refuses_is_named(db: TelemetryDatabase) -> None:
