@@ -112,7 +112,7 @@ async def test_windows_are_the_same_whatever_is_killed(own: Installation, own_ka
     records = {host: host_records(host, 30) for host in HOSTS}
     first, second = own.crew.start("-m", "agents", "watch"), own.crew.start("-m", "agents", "watch")
     await ready(first)
-    sending = asyncio.create_task(publish(own.settings, records, 12.0))
+    sending = asyncio.create_task(publish(own.settings, records, 8.0))
     await asyncio.sleep(draw.uniform(0.5, 1.5))
     first.kill()
     third = own.crew.start("-m", "agents", "watch")
@@ -147,7 +147,7 @@ async def test_silence_and_hand_over(shared: Installation) -> None:
     records = {host: host_records(host, 12) for host in HOSTS}
     first = shared.crew.start("-m", "agents", "watch")
     await ready(first)
-    sending = asyncio.create_task(publish(settings, records, 5.0))
+    sending = asyncio.create_task(publish(settings, records, 4.0))
     await asyncio.sleep(1.0)
     await ready(shared.crew.start("-m", "agents", "watch"))
     code, _ = await asyncio.to_thread(first.terminate)
