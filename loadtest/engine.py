@@ -89,7 +89,9 @@ class EngineBench:
         plan = self._plan
         self._say(f"{model}: drawing {plan.pictures} pictures")
         pictures = await asyncio.to_thread(
-            lambda: [draw_photo(plan.seed, number) for number in range(plan.pictures)]
+            lambda: [
+                draw_photo(plan.seed, number, plan.width, plan.height) for number in range(plan.pictures)
+            ]
         )
         with tempfile.TemporaryDirectory(prefix="millrace-bench-") as name:
             for number, picture in enumerate(pictures):

@@ -182,8 +182,9 @@ class LoadBench:
             repeats=tuple(map(rounded, repeats)),
         )
 
-    async def _pictures(self, width: int = 1280, height: int = 960) -> list[bytes]:
+    async def _pictures(self, width: int | None = None, height: int | None = None) -> list[bytes]:
         plan = self._plan
+        width, height = width or plan.width, height or plan.height
         return await asyncio.to_thread(
             lambda: [draw_photo(plan.seed, number, width, height) for number in range(plan.pictures)]
         )

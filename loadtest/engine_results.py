@@ -26,6 +26,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ("mobilenet_v3_small", "resnet50")
     #: Different pictures; they are repeated under new ids.
     pictures: int = 120
+    width: int = 1280
+    height: int = 960
 
     #: At most so many, through the pipeline and the loops beside it, and at most so long through the pipeline.
     offline_images: int = 2000

@@ -30,9 +30,10 @@ def test_bench_measures_the_spine_and_the_loops(capsys: pytest.CaptureFixture[st
 def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.CaptureFixture[str]) -> None:
     """Each part has its numbers, they agree with each other, and the swap has lost and repeated nothing."""
     plan = engine_results.Plan(
-        models=("mobilenet_v3_small",), pictures=8, offline_images=64, repeats=1, online_seconds=1.0,
-        online_images_per_second=1_000.0, backlog_images=600, realtime_images_per_second=50.0,
-        realtime_seconds=1.0, swap_images=200, shallow_images=64, shallow_repeats=2, deep_images=200,
+        models=("mobilenet_v3_small",), pictures=8, width=320, height=240, offline_images=64, repeats=1,
+        online_seconds=0.5, online_images_per_second=1_000.0, backlog_images=600,
+        realtime_images_per_second=50.0, realtime_seconds=1.0, swap_images=200, shallow_images=64,
+        shallow_repeats=2, deep_images=200,
     )  # fmt: skip
     assert benchmarks.run_engine(settings.load(), plan, as_json=True, write=False) == 0
     *_, last = capsys.readouterr().out.splitlines()
