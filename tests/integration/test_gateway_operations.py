@@ -263,7 +263,10 @@ async def test_the_api_describes_itself_without_internet(tmp_path: Path) -> None
         "POST /v1/images", "GET /v1/images/{id}", "DELETE /v1/images/{id}", "GET /v1/images/{id}/content",
         "GET /v1/images/{id}/predictions", "GET /v1/images/{id}/similar", "GET /v1/images/{id}/trace",
         "POST /v1/search", "GET /v1/models", "GET /v1/models/{deployment}", "PUT /v1/models/{deployment}",
-        "GET /v1/models/{deployment}/history", "GET /v1/compare", "GET /livez", "GET /readyz", "GET /metrics",
+        "GET /v1/models/{deployment}/history", "GET /v1/compare", "GET /v1/gpus", "GET /v1/gpus/{uuid}",
+        "GET /v1/gpus/{uuid}/telemetry", "GET /v1/gpus/{uuid}/alerts", "GET /v1/hosts", "GET /v1/energy",
+        "GET /v1/alerts", "GET /v1/alerts/{id}", "GET /v1/silences", "POST /v1/silences",
+        "DELETE /v1/silences/{id}", "GET /livez", "GET /readyz", "GET /metrics",
     }  # fmt: skip
     schemas = document["components"]["schemas"]
     assert {"Problem", "ImageView", "Batch", "PredictionView", "ModelResult"} <= schemas.keys()
