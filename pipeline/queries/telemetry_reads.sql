@@ -41,12 +41,12 @@ SELECT gpu_id FROM gpus WHERE gpu_uuid = $1
 SELECT EXISTS (SELECT FROM gpu_samples WHERE gpu_id = $1 AND time >= $2 AND time <= $3 AND other ? $4)
 
 -- name: alert_list
--- Alerts, the latest begun first, after ($7, $8).
+-- Alerts, the latest begun first, after ($7, $8); without those that ended before they had held for long enough.
 SELECT alert_id, gpu_uuid, host, model, rule, severity, state, since, seen_at, fired_at, resolved_at, condition
 FROM gpu_alerts
 WHERE ($1::text[] IS NULL OR state = ANY($1)) AND ($2::text[] IS NULL OR severity = ANY($2))
   AND ($3::text IS NULL OR rule = $3) AND ($4::text IS NULL OR host = $4) AND ($5::text IS NULL OR gpu_uuid = $5)
-  AND ($6::timestamptz IS NULL OR since >= $6)
+  AND ($6::timestamptz IS NULL OR since >= $6) AND NOT (state = 'resolved' AND fired_at IS NULL)
   AND ($7::timestamptz IS NULL OR since < $7 OR (since = $7 AND alert_id > $8::text))
 ORDER BY since DESC, alert_id LIMIT $9
 

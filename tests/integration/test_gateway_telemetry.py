@@ -65,11 +65,17 @@ async def fleet(database: TelemetryDatabase) -> None:
 
 
 async def holds(
-    database: TelemetryDatabase, uuid: str, host: str, rule: str, severity: str, minute: int
+    database: TelemetryDatabase,
+    uuid: str,
+    host: str,
+    rule: str,
+    severity: str,
+    minute: int,
+    state: str = "firing",
 ) -> str:
     """Have a condition hold from a minute on; return the alert's id."""
     since = START + minute * MINUTE
-    condition = Condition(rule=rule, severity=severity, state="firing", since=since, message="hot")  # type: ignore[arg-type]
+    condition = Condition(rule=rule, severity=severity, state=state, since=since, message="hot")  # type: ignore[arg-type]
     window = GpuWindow(gpu_uuid=uuid, host=host, model="H100", samples=6, conditions=(condition,))
     await database.save_windows([Windows(key=host, start=since, end=since + MINUTE, gpus=(window,))])
     return alert_id(uuid, rule, since)
@@ -176,8 +182,9 @@ async def test_samples_are_rolled_up(gateway: Gateway, database_of_gpus: Telemet
 
 
 async def test_alerts_and_who_was_told(gateway: Gateway, database_of_gpus: TelemetryDatabase) -> None:
-    """Alerts come latest first, filtered, page by page; one alert says who was told of it."""
+    """Alerts come latest first, filtered, page by page, without those that never fired; one says who was told."""
     await fleet(database_of_gpus)
+    fleeting = await holds(database_of_gpus, "GPU-1a", "node-1", "idle", "info", 1, state="pending")
     hot = await holds(database_of_gpus, "GPU-0a", "node-0", "thermal", "critical", 1)
     slow = await holds(database_of_gpus, "GPU-1a", "node-1", "straggler", "warning", 2)
     torn = await holds(database_of_gpus, "GPU-0a", "node-0", "nvlink", "warning", 3)
@@ -195,6 +202,7 @@ async def test_alerts_and_who_was_told(gateway: Gateway, database_of_gpus: Telem
     to = Receiver(name="on-call", kind="webhook", url="http://127.0.0.1:9")
     told = msgspec.structs.replace(alert(1), id=slow)
     await notifications.save(database_of_gpus.pool, [Transition(to, told, datetime.now(UTC))])
+    assert (await http.get(f"/v1/alerts/{fleeting}")).json()["alert"]["state"] == "resolved"
     detail = (await http.get(f"/v1/alerts/{slow}")).json()
     assert detail["alert"]["condition"]["message"] == "hot"
     assert [(each["receiver"], each["status"]) for each in detail["notifications"]] == [
