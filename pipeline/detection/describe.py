@@ -147,7 +147,7 @@ def _message(
         host=member.host, index="?" if member.index is None else member.index,
     )  # fmt: skip
     if peers is not None:
-        text += f"; the median of {peers.count} peers is {peers.median:.6g}"
+        text += f"; the median of {peers.count} peers is {peers.median:.4g}"
         text += f" (score {peers.score:.1f}, limit {limit:g})"
     return text[:1000]
 

@@ -1,12 +1,14 @@
 """`notify` as a real process: every receiver is told of every step of every alert, whatever dies or fails."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from millrace import alerts
 from pipeline import admin, telemetry
 from pipeline.broker import Publisher
 from pipeline.events import Outgoing
@@ -132,3 +134,15 @@ async def test_sigkill_of_notify(made: Made) -> None:
     statuses = await made.statuses("down")
     assert sum(statuses.values()) == 2 * count
     assert set(statuses) == {"waiting", "sending"}
+
+
+async def test_steps_of_alerts_are_printed(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
+    """`millrace alerts tail` prints steps as they are in Kafka, those of one severity if asked, and no garbage."""
+    garbage = Outgoing(b"key", b"not an alert", ())
+    await made.publisher.publish(made.settings.topic(GPU_ALERTS.name), garbage)
+    await made.publish(alert(1), alert(2, severity="warning"), alert(1, "resolved"))
+    assert await alerts.tail(made.settings, "earliest", 2, "critical", as_json=True) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [(line["id"], line["state"]) for line in lines] == [
+        (alert(1).id, "firing"), (alert(1).id, "resolved"),
+    ]  # fmt: skip

@@ -120,7 +120,7 @@ def test_what_was_seen_is_said() -> None:
     assert condition.peers is not None
     assert condition.peers.count == 7
     assert condition.message == (
-        f"88.0 C, much hotter than its peers, for 3 min; the median of 7 peers is {condition.peers.median:.6g} "
+        f"88.0 C, much hotter than its peers, for 3 min; the median of 7 peers is {condition.peers.median:.4g} "
         f"(score {condition.peers.score:.1f}, limit 5)"
     )
 
