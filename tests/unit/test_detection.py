@@ -70,7 +70,7 @@ def grows(name: str, since: float, per_minute: float, first: float = 0.0, gpu: i
         (grows("ecc_corrected_volatile", 600, 6.0), "ecc_corrected", 11),
         (grows("nvlink_replays", 600, 20.0), "nvlink_errors", 10),
         (grows("pcie_replays", 600, 20.0), "pcie_replays", 10),
-        (grows("memory_used_mebibytes", 600, 500.0, first=60_000), "memory_leak", 16),
+        (grows("memory_used_mebibytes", 600, 500.0, first=60_000), "memory_leak", 18),
         (lambda gpu, at: None if gpu == 3 and at >= 600 else {}, "gpu_lost", 10),
     ],
 )  # fmt: skip
