@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.consumer import fetcher as aiokafka_fetcher
 from aiokafka.consumer.subscription_state import IllegalStateError
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, ConsumerStoppedError, KafkaError
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from aiokafka.structs import TopicPartition as KafkaPartition
 from faust.transport.drivers import aiokafka as driver
@@ -20,7 +22,7 @@ from agents.delivery import CommitResult, Start, TopicPartition
 from pipeline import logs
 from pipeline.connections import client_options
 from pipeline.errors import DependencyError, FatalError
-from pipeline.topics import MAX_DEAD_LETTER_RECORD_BYTES
+from pipeline.topics import MAX_DEAD_LETTER_RECORD_BYTES, lane_of
 
 if TYPE_CHECKING:
     from agents.consumer import LedgerConsumer
@@ -57,6 +59,29 @@ class Fetch:
     ownership: Ownership
     records: Mapping[KafkaPartition, list[ConsumerRecord]]
     positions: Mapping[KafkaPartition, int]
+
+
+class RealtimeFirstRequest(FetchRequest):  # type: ignore[misc]
+    """A fetch that asks for real-time topics first.
+
+    A broker answers in the order it was asked, and with nothing once the answer is full (KIP-74). aiokafka asks in
+    a random order: a bulk backlog then fills every other answer before the real-time lane has its turn.
+    """
+
+    def __init__(
+        self,
+        max_wait_ms: int,
+        min_bytes: int,
+        max_bytes: int,
+        isolation_level: int,
+        topics: list[tuple[str, list[tuple[int, int, int]]]],
+        rack_id: str = "",
+    ) -> None:
+        ordered = sorted(topics, key=lambda each: lane_of(each[0]) != "realtime")
+        super().__init__(max_wait_ms, min_bytes, max_bytes, isolation_level, ordered, rack_id)
+
+
+aiokafka_fetcher.FetchRequest = RealtimeFirstRequest
 
 
 class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.consumer import fetcher as aiokafka_fetcher
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition as KafkaPartition
 
@@ -212,3 +213,11 @@ async def test_a_question_to_a_thread_that_stops_is_not_a_cancellation() -> None
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
+
+
+def test_a_full_answer_still_has_the_realtime_lane() -> None:
+    """A consumer of both lanes asks for real-time first, whatever order aiokafka has drawn."""
+    bulk, realtime = ("x-images.bulk.v1", [(0, 5, 1), (1, 6, 1)]), ("x-images.realtime.v1", [(2, 7, 1)])
+    for drawn in ([bulk, realtime], [realtime, bulk]):
+        asked = aiokafka_fetcher.FetchRequest(500, 1, 32, 1, drawn)
+        assert asked.topics == [realtime, bulk]
