@@ -60,6 +60,10 @@ RELIED_ON: dict[str, tuple[Callable[..., object], str]] = {
         Fetcher.fetched_records,
         "e20ce0c8117f12d2",
     ),
+    "a fetch is one request per broker, made by a name in the fetcher's module": (
+        Fetcher._get_actions_per_node,
+        "fd175a69d8d4f9b9",
+    ),
     "draining moves the position": (FetchResult.getall, "b638929de3431c67"),
     "revocation is awaited before the group is joined": (
         GroupCoordinator._on_join_prepare,
