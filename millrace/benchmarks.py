@@ -29,6 +29,9 @@ from loadtest import (
     soak,
     telemetry_bench,
 )
+from loadtest.autoscale import bench as autoscale
+from loadtest.autoscale import plots
+from loadtest.autoscale.policies import Facts
 from millrace import ports, processes
 from millrace.local import local_services
 from millrace.output import EXIT_FAILED, emit, say, show_table
@@ -150,6 +153,25 @@ def _worker(settings: Settings, step: str) -> Iterator[str]:
         _processes(settings, (step,), Path(name)) as stack,
     ):
         yield stack.urls[step]
+
+
+def run_autoscale(plan: autoscale.Plan, folder: Path | None, *, as_json: bool, write: bool) -> int:
+    """Simulate autoscaling, without any stack; exit 1 if the deadline policy misses what it promises."""
+    circumstances = report.Circumstances.now(os.getloadavg()[0])
+    _check_folder(write)
+    result = autoscale.measure(plan, circumstances, say)
+    if folder is not None:
+        facts = Facts(plan.pod_images_per_second, plan.start_seconds, plan.deadline_seconds)
+        for path in plots.draw_all(folder, facts, plan.seed):
+            say(f"drawn in {path}")
+    if write:
+        report.keep(result, KEPT / "autoscaling.json")
+        say(f"kept in {KEPT / 'autoscaling.json'}")
+    if as_json:
+        emit(result)
+    else:
+        show_table(autoscale.COLUMNS, autoscale.rows(result))
+    return 0 if result.reached else EXIT_FAILED
 
 
 def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:

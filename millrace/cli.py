@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millrace import cli_collect, cli_feed, cli_gpus, cli_measure, cli_models, cli_operations, cli_search
+from millrace import (
+    cli_autoscale,
+    cli_collect,
+    cli_feed,
+    cli_gpus,
+    cli_measure,
+    cli_models,
+    cli_operations,
+    cli_search,
+)
 from millrace.command import Json, run
 
 if TYPE_CHECKING:
@@ -41,6 +50,7 @@ app.add_typer(cli_feed.app)
 app.add_typer(cli_operations.app)
 app.add_typer(cli_measure.app)
 app.add_typer(cli_collect.app)
+app.add_typer(cli_autoscale.app)
 app.add_typer(publish_app, name="publish")
 app.add_typer(predictions_app, name="predictions")
 app.add_typer(cli_models.app, name="models")
