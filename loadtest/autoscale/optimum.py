@@ -20,6 +20,7 @@ from loadtest.autoscale.traces import Trace
 TICK_SECONDS = 15
 #: Work is counted in so many parts of what one pod does in a tick.
 _UNITS = 16
+_KEPT_SECONDS = 600
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -87,25 +88,22 @@ def _cheapest(counts: list[int], served: list[int], arrived: Ints, due: Ints, st
     return float(best.min())
 
 
-def unforeseeable(trace: Trace, pods: Pods, deadline_seconds: float, margin: float) -> float:
-    """Return the share of records that are late under one who cannot know of a rise before it comes.
+def unforeseeable(trace: Trace, pods: Pods, deadline_seconds: float, most_pod_seconds: float) -> float:
+    """Return the least share of late records for `most_pod_seconds`, if no rise is known before it comes.
 
-    It holds `margin` times what the most of the last ten minutes needed, sees arrivals at once, and has what it
-    orders `start_seconds` later; no rebalances, no noise, keys spread evenly. Whoever holds no more than that and
-    does not know the future does no better.
+    Of a family that is better than a real policy can be: it never has fewer pods than a floor (0, 1, 2, ...), sees
+    arrivals at once, has what they need `start_seconds` later and keeps it for ten minutes, works off at once what
+    waited till then, and pays only for the floor or the work, whichever is more. Keys are spread evenly.
     """
     rates = trace.rates / pods.images_per_second
-    levels = np.array([0, *useful_counts(trace.partitions)])
-    recent = np.array([rates[max(0, at - 600) : at + 1].max() for at in range(trace.seconds)])
-    held = levels[np.minimum(np.searchsorted(levels, margin * recent), len(levels) - 1)]
-    delay = int(pods.start_seconds)
-    capacity = np.concatenate([np.full(delay, held[0]), held[: len(held) - delay]]) * pods.images_per_second
-    arrived = np.cumsum(trace.rates)
-    served = np.zeros(trace.seconds)
-    done = 0.0
-    for at in range(trace.seconds):
-        done = served[at] = min(arrived[at], done + capacity[at])
-    allowed = int(deadline_seconds)
-    judged = trace.seconds - allowed
-    late = np.clip(arrived[:judged] - served[allowed:], 0.0, trace.rates[:judged]).sum()
-    return float(late / trace.rates.sum())
+    padded = np.concatenate([np.full(_KEPT_SECONDS + int(pods.start_seconds), rates[0]), rates])
+    recent = np.lib.stride_tricks.sliding_window_view(padded, _KEPT_SECONDS + 1).max(axis=1)[: len(rates)]
+    late = []
+    for floor in range(trace.partitions + 1):
+        if np.maximum(floor, rates).sum() <= most_pod_seconds:
+            missing = np.clip(rates - np.maximum(np.ceil(recent), floor), 0.0, None)
+            # In time is what arrives so shortly before the pods do.
+            short = np.append(missing > 0, np.zeros(int(deadline_seconds), dtype=bool))
+            still = np.lib.stride_tricks.sliding_window_view(short, int(deadline_seconds) + 1).all(axis=1)
+            late.append(float(missing[still].sum() / rates.sum()))
+    return min(late, default=1.0)

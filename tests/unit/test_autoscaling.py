@@ -416,9 +416,12 @@ def test_longer_deadlines_and_more_counts_cost_no_more() -> None:
 def test_only_sudden_rises_are_unforeseeable() -> None:
     """A steady rate, or a deadline longer than a pod's start, leave nothing late; a jump under a short one does."""
     steady, jump = even(300.0, 1800), traces.make("step", 1, seconds=3600)
-    assert unforeseeable(steady, SWIFT, 5.0, 1.3) == 0
-    assert unforeseeable(jump, SWIFT, 300.0, 1.3) == 0
-    assert unforeseeable(jump, SWIFT, 5.0, 1.3) > 0.01
+    budget = bench.MOST_COST * optimum(jump, SWIFT, 5.0, min_replicas=1)
+    assert unforeseeable(steady, SWIFT, 5.0, 4.0 * steady.seconds) == 0
+    assert unforeseeable(jump, SWIFT, 300.0, budget) == 0
+    assert unforeseeable(jump, SWIFT, 5.0, budget) > 0
+    assert unforeseeable(jump, SWIFT, 5.0, 12.0 * jump.seconds) == 0
+    assert unforeseeable(jump, SWIFT, 5.0, 0.0) == 1
 
 
 # Both policies
