@@ -159,7 +159,8 @@ async def test_sigterm_while_kafka_is_away(spine: Spine, killable: Killable) -> 
     ended = await asyncio.gather(*(asyncio.to_thread(worker.terminate) for worker in ending))
     for worker, (code, seconds) in zip(ending, ended, strict=True):
         print(f"{worker.step}: exit code {code} after {seconds:.1f} s")
-        assert seconds < spine.settings.shutdown_grace_seconds
+        # The timer rings in time; a busy machine may need a moment to hear it. What hangs takes for ever.
+        assert seconds < spine.settings.shutdown_grace_seconds + 2
         assert code in {0, 70}
     await asyncio.to_thread(kafka.start)
     await spine.start(*ALL_STEPS)
