@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from pipeline import deadletters, deployments, events, examples, telemetry, topics
+from pipeline.asyncapi_notes import NOTES
 from pipeline.topics import Topic
 
 JsonObject = dict[str, Any]
@@ -28,57 +29,6 @@ required: a bare record is a valid image event, with `topic:partition:offset:tim
 alone decides identity; publishing an id twice gives one result, the first stored wins.
 
 An installation may put a prefix before every topic name (`MILLRACE_TOPIC_PREFIX`)."""
-
-# What types cannot say, by struct and field.
-NOTES = {
-    "Prediction.id": "The same however often the picture is read: consumers can drop repeats by it.",
-    "Prediction.image_id": "The id of the image event; also the record's key.",
-    "Prediction.deployment": "Which set of models says so; one record per image and deployment.",
-    "Prediction.lane": "realtime or bulk.",
-    "Prediction.time": "When the outcome was known.",
-    "Prediction.models": "One entry per model, in the deployment's order; empty when expired.",
-    "Prediction.revision": "Of the deployment's models, see `models.v1`; 0 is what `MILLRACE_MODELS` said. Of two \
-predictions of an image in a deployment the one of the higher revision counts.",
-    "Prediction.reason": "Why there are no models' results, when the outcome is `expired`.",
-    "Prediction.traceparent": "W3C trace context of the image event.",
-    "Prediction.purpose": "`query`: only searched with; not stored, and best ignored.",
-    "ModelResult.digest": "Of the model's weights or, for built-in ones, of its constants.",
-    "ModelResult.label": "The most likely label, of a classifier.",
-    "ModelResult.score": "How sure the model is of its label, or the score itself.",
-    "ModelResult.boxes": "Detections, in pixels of the upright original.",
-    "ModelResult.embedding": "base64 of little-endian float32, `dimension` numbers.",
-    "Receipt.topic": "Where the image event was read.",
-    "Receipt.input_sha256": "SHA-256 of the encoded picture, lower-case hexadecimal.",
-    "Receipt.width": "Of the upright picture, in pixels.",
-    "Receipt.height": "Of the upright picture, in pixels.",
-    "Receipt.batch_size": "Pictures that shared the forward pass.",
-    "Receipt.batch_cut": "Why the batch was cut: full, idle, deadline, drain or memory.",
-    "Receipt.queue_seconds": "From the worker's receipt to the start of its decode, plus the wait for a batch.",
-    "Receipt.batch_wait_seconds": "The part of queue_seconds behind the decode: for a batch and the device.",
-    "Receipt.forward_seconds": "Of the whole batch, all models.",
-    "Receipt.gpu_uuid": "Of the GPU, as in `gpu.samples.v1`.",
-    "Receipt.joules": "What the GPU is taken to have drawn for the pass, by batch_size; absent where not known.",
-    "Receipt.idle_joules": "The part of joules that the GPU would have drawn in that time had it stood idle.",
-    "Version.revision": "Counts up by activation; 0 is what `MILLRACE_MODELS` says.",
-    "Version.models": "Specifications, as in `MILLRACE_MODELS`, in the order of the results.",
-    "Version.artefacts": "Files of the models, in the object store as `models/SHA256/NAME`.",
-    "Desired.predecessor": "What a replica runs that cannot load the version; absent: what `MILLRACE_MODELS` says.",
-    "Status.time": "Of this report; a replica that was not heard of for 35 seconds counts as gone.",
-    "Status.revision": "What it runs; absent while it starts.",
-    "Status.loading": "What it is loading beside that.",
-    "Status.attempts": "How often in a row it has begun to load that.",
-    "Sample.values": "By field name, in DCGM's units; what is not known is absent, never zero.",
-    "Sample.xids": "XID errors that were reported at this moment.",
-    "Sample.state": "`lost`: the driver no longer answers for this GPU.",
-    "Sample.source_time": "Of a replay: when the source says that this was.",
-    "Samples.gpus": "What is known of the GPUs; need not be in every record.",
-    "Windows.end": "Equal to the start: an event, such as an XID error.",
-    "GpuWindow.conditions": "All that hold, not only new ones.",
-    "GpuWindow.state": "For the detector alone.",
-    "Condition.since": "With GPU and rule the identity of an alert.",
-    "Condition.action": "What to do next, such as ignore, restart_app, reset_gpu, restart_machine.",
-    "Alert.time": "When this state began.",
-}
 
 
 def document() -> JsonObject:
