@@ -126,6 +126,7 @@ def _posted(receiver: Receiver, alert: Alert, now: datetime) -> dict[str, Any]:
     annotations = {
         "summary": f"{condition.rule} on {alert.host}",
         "description": condition.message,
+        "action": condition.action,
         "runbook": condition.runbook,
         "value": None if condition.value is None else f"{condition.value:g}",
         "limit": None if condition.limit is None else f"{condition.limit:g}",

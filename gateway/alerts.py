@@ -23,7 +23,7 @@ from pipeline.postgres import Pool
 from pipeline.receivers import check_match
 from pipeline.telemetry_reads import AlertFilter
 
-router = APIRouter(tags=["alerts"], dependencies=[KeyRequired])
+router = APIRouter(tags=["alerts"], dependencies=[KeyRequired, tables.KnownParameters])
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_SILENCE = timedelta(days=366)

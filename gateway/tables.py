@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from urllib.parse import unquote, urlencode
 
 import msgspec
-from fastapi import Header, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import Response
 
 from gateway.cursors import is_moment
@@ -154,9 +154,41 @@ def fields_of(given: str | None) -> tuple[list[str], list[str]] | None:
 
 def unknown_field(name: str) -> Problem:
     """Return the answer to a field that the GPU does not have."""
+    return Problem("invalid_request", f"fields: this GPU has no {name} in that time.{_near(name)}")
+
+
+def not_rolled_up(name: str) -> Problem:
+    """Return the answer to a step with a field that the table does not have."""
+    return Problem(
+        "invalid_request", f"fields: with step, only fields of the table: {name} is none.{_near(name)}"
+    )
+
+
+async def only_known_parameters(request: Request) -> None:
+    """Refuse a parameter that would be passed over: whoever misspells `start` gets another time than they think.
+
+    Raises:
+        Problem: 422, the route has none of this name.
+    """
+    known = _parameters(request.scope["route"].dependant)
+    if unknown := [name for name in dict.fromkeys(request.query_params) if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Is {near[0]} meant?" if near else ""
+        shown = ", ".join(repr(name[:40]) for name in unknown[:5])
+        raise Problem("invalid_request", f"{shown}: there is no such parameter here.{hint}")
+
+
+def _parameters(dependant: Any) -> set[str]:
+    inner = (_parameters(each) for each in dependant.dependencies)
+    return {field.alias for field in dependant.query_params}.union(*inner)
+
+
+KnownParameters = Depends(only_known_parameters)
+
+
+def _near(name: str) -> str:
     near = difflib.get_close_matches(name, list(dcgm.BY_NAME), n=1)
-    hint = f" Is {near[0]} meant?" if near else ""
-    return Problem("invalid_request", f"fields: this GPU has no {name} in that time.{hint}")
+    return f" Is {near[0]} meant?" if near else ""
 
 
 def after(cursor: str | None, kind: Any) -> Any:

@@ -19,7 +19,7 @@ from pipeline.gpu_views import EnergyRow, GpuView, HostView, Point, Rolled, by_h
 from pipeline.postgres import Pool
 from pipeline.telemetry_reads import GpuFilter
 
-router = APIRouter(tags=["telemetry"], dependencies=[KeyRequired])
+router = APIRouter(tags=["telemetry"], dependencies=[KeyRequired, tables.KnownParameters])
 
 Uuid = Annotated[str, Depends(tables.uuid_of)]
 # Of a roll-up that no table has: all its samples are read.
@@ -202,7 +202,9 @@ async def get_telemetry(
     if gpu is None:
         raise unknown_gpu()
     for name in asked[1] if asked is not None else ():
-        if width is not None or not await bounded(telemetry_reads.has_field(pool, gpu, first, last, name)):
+        if width is not None:
+            raise tables.not_rolled_up(name)
+        if not await bounded(telemetry_reads.has_field(pool, gpu, first, last, name)):
             raise tables.unknown_field(name)
     names = None if asked is None else [*asked[0], *asked[1]]
     from_here = first

@@ -22,6 +22,8 @@ from pipeline.telemetry_reads import AlertFilter
 from pipeline.topics import GPU_ALERTS
 
 PAGE_ROWS = 1000
+# Of an id's 32 characters: fewer would soon be those of several alerts.
+_SHORTEST_ID = 8
 
 
 class Shown(msgspec.Struct, frozen=True):
@@ -67,12 +69,17 @@ async def show_list(settings: Settings, chosen: AlertFilter, limit: int, as_json
 
 
 async def show_one(settings: Settings, alert_id: str, as_json: bool) -> int:
-    """Print an alert and who was told of it; 1 if there is none. Raises as `show_list` does."""
+    """Print an alert, by its id or how that begins, and who was told of it; 1 if there is none, or more than one.
+
+    Raises as `show_list` does.
+    """
     async with connected(settings) as pool:
-        alert = await telemetry_reads.alert(pool, alert_id)
-        told = [] if alert is None else await notifications.notifications(pool, [alert_id])
+        begins = await telemetry_reads.alerts_that_begin(pool, alert_id) if _is_long(alert_id) else []
+        alert = await telemetry_reads.alert(pool, begins[0] if len(begins) == 1 else alert_id)
+        told = [] if alert is None else await notifications.notifications(pool, [alert.id])
     if alert is None:
-        say(f"there is no alert {alert_id}")
+        several = len(begins) > 1
+        say(f"several alerts begin with {alert_id}" if several else f"there is no alert {alert_id}")
         return EXIT_FAILED
     if as_json:
         emit(Shown(alert, tuple(told)))
@@ -211,7 +218,7 @@ async def _print(reader: LiveReader, limit: int | None, severity: str | None, as
             condition = alert.condition
             action = f"  next: {condition.action}" if condition.action and alert.state == "firing" else ""
             show(
-                f"{_moment(alert.time)}  {alert.state:<8}  {condition.severity:<8}  {condition.rule}  "
+                f"{alert.id}  {_moment(alert.time)}  {alert.state:<8}  {condition.severity:<8}  {condition.rule}  "
                 f"{alert.host}  {alert.gpu_uuid}  {condition.message}{action}"
             )
         printed += 1
@@ -224,6 +231,10 @@ def _labels(silence: Silence) -> str:
         f"{name}={wanted if isinstance(wanted, str) else '|'.join(wanted)}"
         for name, wanted in silence.match.items()
     )
+
+
+def _is_long(alert_id: str) -> bool:
+    return len(alert_id) >= _SHORTEST_ID
 
 
 def _who() -> str:

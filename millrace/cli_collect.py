@@ -24,7 +24,7 @@ def collect(
     ] = None,
     from_exporter: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Scrape a dcgm-exporter, http://node:9400/metrics, not NVML."),
+        typer.Option(metavar="URL", help="Scrape a dcgm-exporter, such as http://node:9400, not NVML."),
     ] = None,
     peers: Annotated[
         str,
@@ -48,8 +48,7 @@ def collect(
     sampled = published if sample_interval is None else _seconds(sample_interval, "--sample-interval")
     if sampled > published:
         raise typer.BadParameter("is longer than --interval", param_hint="--sample-interval")
-    if from_exporter is not None and not from_exporter.startswith(("http://", "https://")):
-        raise typer.BadParameter("is no http:// or https:// address", param_hint="--from-exporter")
+    exporter_url = None if from_exporter is None else _address(from_exporter)
     for value, name in ((peers, "--peers"), (host, "--host")):
         if value is not None and not (0 < len(value) <= 255 and value.isprintable()):
             raise typer.BadParameter("is no name of 1 to 255 printable characters", param_hint=name)
@@ -65,7 +64,7 @@ def collect(
             interval_seconds=published,
             sample_interval_seconds=sampled,
             peers=None if peers == "host" else peers,
-            exporter_url=from_exporter,
+            exporter_url=exporter_url,
             has_host=host is not None,
             once=once,
             as_json=as_json,
@@ -73,6 +72,21 @@ def collect(
         return asyncio.run(module.collect(settings, wishes))
 
     run(body)
+
+
+def _address(url: str) -> str:
+    """Read the address of an exporter; one without a path means its metrics."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in {"http", "https"} and parts.hostname is not None and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        # Not quoted: there may be a password in it.
+        raise typer.BadParameter("is no http:// or https:// address", param_hint="--from-exporter")
+    return parts._replace(path="/metrics").geturl() if parts.path in {"", "/"} else url
 
 
 def _seconds(text: str, option: str) -> float:

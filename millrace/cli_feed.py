@@ -8,6 +8,7 @@ import typer
 from millrace.command import Json, run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from datetime import timedelta
 
     from pipeline.settings import Settings
@@ -74,8 +75,12 @@ def replay(
 def simulate(
     gpus: Annotated[int, typer.Option(min=1, max=100_000, help="Eight to a host.")] = 64,
     fault: Annotated[
-        str, typer.Option(metavar="KIND,...", help="What breaks, each on one GPU: see --list-faults; or all.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="KIND,...",
+            help="What breaks, each on one GPU: see --list-faults; or all. May be repeated.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Makes the same fleet and the same faults again.")] = 7,
     interval: Annotated[str, typer.Option(metavar="10s", help="Between two samples of a GPU.")] = "10s",
     duration: Annotated[
@@ -91,7 +96,8 @@ def simulate(
 ) -> None:
     """Publish the telemetry of a made-up fleet with known faults, with a progress bar on a terminal.
 
-    Faster than life, its times begin so far in the past that they end now.
+    Faster than life, its times begin so far in the past that they end now, and its hosts and GPUs have new names in
+    each run, as what is older than what a host said before comes too late to be watched.
     """
     seconds = _length(interval, "--interval").total_seconds()
     if seconds < 0.1:
@@ -111,11 +117,16 @@ def simulate(
         if list_faults:
             return simulate.show_faults(as_json)
         wishes = simulate.Wishes(
-            gpus, tuple(filter(None, fault.split(","))), seed, seconds, length, times, peers, truth, as_json
+            gpus, _names(fault or ()), seed, seconds, length, times, peers, truth, as_json
         )
         return asyncio.run(simulate.simulate(settings, wishes))
 
     run(body)
+
+
+def _names(given: "Iterable[str]") -> tuple[str, ...]:
+    """Read names between commas or spaces."""
+    return tuple(name for text in given for name in text.replace(",", " ").split())
 
 
 def _times(text: str) -> float | None:

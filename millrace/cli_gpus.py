@@ -11,10 +11,8 @@ from millrace.command import Json, run
 if TYPE_CHECKING:
     from pipeline.settings import Settings
 
-gpus_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at GPUs and what they take.")
-alerts_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look at alerts, and silence them."
-)
+gpus_app = typer.Typer(rich_markup_mode=None, help="Look at GPUs and what they take.")
+alerts_app = typer.Typer(rich_markup_mode=None, help="Look at alerts, and silence them.")
 
 
 class GpuState(StrEnum):
@@ -50,6 +48,13 @@ class By(StrEnum):
 Host = Annotated[str | None, typer.Option(help="Only on this host.")]
 Model = Annotated[str | None, typer.Option(help="Only this model.")]
 State = Annotated[GpuState | None, typer.Option(help="Only in this state.")]
+
+
+@gpus_app.callback(invoke_without_command=True)
+def gpus(context: typer.Context, as_json: Json = False) -> None:
+    """List GPUs by host, with their latest values and what fires, from the database."""
+    if context.invoked_subcommand is None:
+        gpus_list(as_json=as_json)
 
 
 @gpus_app.command("list")
@@ -149,6 +154,13 @@ def gpus_energy(
     run(body)
 
 
+@alerts_app.callback(invoke_without_command=True)
+def alerts(context: typer.Context, as_json: Json = False) -> None:
+    """List alerts, the latest begun first, from the database."""
+    if context.invoked_subcommand is None:
+        alerts_list(as_json=as_json)
+
+
 @alerts_app.command("list")
 def alerts_list(
     state: Annotated[
@@ -191,7 +203,10 @@ def alerts_list(
 
 @alerts_app.command("show")
 def alerts_show(
-    alert: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")], as_json: Json = False
+    alert: Annotated[
+        str, typer.Argument(metavar="ID", help="As `list` shows it, or its first 8 characters or more.")
+    ],
+    as_json: Json = False,
 ) -> None:
     """Show one alert: what was seen, what to do next, and who was told."""
 

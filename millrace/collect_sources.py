@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx
 
@@ -120,12 +120,19 @@ class ExporterSource:
         host: str | None,
         count_dropped: Callable[["Counter[Why]"], None] = lambda reasons: None,
     ) -> None:
-        self._url = url
+        parts = urlsplit(url)
+        user, _, address = parts.netloc.rpartition("@")
+        # Without the password: it is in every message.
+        self._url = parts._replace(netloc=address).geturl()
         self._host = host
-        self._fallback_host = host or urlsplit(url).hostname or "unknown"
+        self._fallback_host = host or parts.hostname or "unknown"
         self._count_dropped = count_dropped
         self._xids: exporter.XidCounts | None = None
-        self._client = httpx.AsyncClient(timeout=SCRAPE_SECONDS, follow_redirects=True)
+        self._client = httpx.AsyncClient(
+            timeout=SCRAPE_SECONDS,
+            follow_redirects=True,
+            auth=(unquote(parts.username or ""), unquote(parts.password or "")) if user else None,
+        )
 
     async def start(self, on_xid: OnXid) -> None:
         """Look whether it answers and shows GPUs."""

@@ -1,7 +1,8 @@
 """`millrace simulate`: publish the telemetry of a made-up fleet whose faults are known.
 
 Times are the fleet's own, ten seconds from sample to sample whatever the speed; a fleet that lives faster than the
-clock on the wall begins in the past and ends now.
+clock on the wall begins in the past and ends now. Its hosts and GPUs are new in each run: `watch` takes
+as late what is older than what it has heard of a host.
 """
 
 import time
@@ -124,6 +125,7 @@ def _make(wishes: Wishes, now: datetime) -> Fleet:
         interval_seconds=wishes.interval_seconds,
         faults=tuple(FAULTS) if wishes.faults == ("all",) else wishes.faults,
         fault_window=None if wishes.seconds else _ENDLESS_FAULT_WINDOW,
+        identity=f"{int(now.timestamp()):x}" if begin < now.replace(microsecond=0) else "",
     )
     try:
         return Fleet(plan)

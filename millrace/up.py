@@ -272,7 +272,7 @@ class _Stack:
             condition = alert.condition
             action = f"  -> {condition.action}" if condition.action and alert.state == "firing" else ""
             show(
-                f"{alert.id[:12]}  {alert.state} {condition.severity}  {alert.gpu_uuid} of {alert.host}  "
+                f"{alert.id}  {alert.state} {condition.severity}  {alert.gpu_uuid} of {alert.host}  "
                 f"{condition.rule}: {condition.message}{action}"
             )
 

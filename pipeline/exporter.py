@@ -1,13 +1,14 @@
 """What dcgm-exporter shows at /metrics, as samples and descriptions of GPUs; no I/O.
 
 Any metric that names a GPU by its UUID is kept, under our name where the table (`pipeline/dcgm.py`) knows it; one
-that names none (the exporter's own) is passed by. Blanks and what cannot be are left out and counted. An XID error
-is a count that grew, never the gauge of the last code, which stays and does not show a repeat.
+that names none (the exporter's own) is passed by. Blanks, lines that cannot be read and what cannot be are left out
+and counted. An XID error is a count that grew, never the gauge of the last code, which stays and does not show a
+repeat.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -33,6 +34,12 @@ _KNOWN = frozenset(
     | {"err_code", "err_msg", "window_size_in_ms", "instance", "job_name"}
 )
 _MAX_LABEL = 255
+# Of one code between two scrapes; a count that jumped by more says no more than this many do.
+_MAX_XIDS = 100
+
+# What the parser raises.
+_UNREADABLE = (ValueError, KeyError, IndexError, OverflowError)
+_Series = tuple[str, Mapping[str, str], float]
 
 #: By host, GPU and code: how often within the exporter's window.
 XidCounts = Mapping[tuple[str, str, int], int]
@@ -71,7 +78,7 @@ def parse(
     seen: dict[tuple[str, str], _Seen] = {}
     xids: dict[tuple[str, str, int], int] = {}
     dropped: Counter[Why] = Counter()
-    for name, labels, value in _series(text):
+    for name, labels, value in _series(text, dropped):
         uuid = _first(labels, _UUID)
         if uuid is None:
             continue
@@ -87,7 +94,7 @@ def parse(
             if code.isdecimal() and math.isfinite(value):
                 xids[at, uuid, int(code)] = int(value)
                 before = value if xids_before is None else xids_before.get((at, uuid, int(code)), 0)
-                gpu.xids += [int(code)] * max(0, int(value - before))
+                gpu.xids += [int(code)] * min(_MAX_XIDS, max(0, int(value - before)))
         elif not math.isfinite(value):
             dropped["blank"] += 1
         else:
@@ -139,15 +146,32 @@ def _described(uuid: str, labels: Mapping[str, str]) -> Gpu:
     )
 
 
-def _series(text: str) -> Iterator[tuple[str, Mapping[str, str], float]]:
+def _series(text: str, dropped: "Counter[Why]") -> list[_Series]:
     # Without the types: the parser adds `_total` to the name of a counter that has none, as DCGM's have.
-    lines = (line for line in text.split("\n") if not line.lstrip().startswith("#"))
+    lines = [line for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#")]
     try:
-        for family in text_string_to_metric_families("\n".join(lines)):
-            for sample in family.samples:
-                yield sample.name, sample.labels, float(sample.value)  # whole numbers come as int
-    except (ValueError, KeyError, IndexError) as error:
-        raise ContractError(f"not Prometheus metrics: {error}") from error
+        return list(_read("\n".join(lines)))
+    except _UNREADABLE as error:
+        return _by_line(lines, dropped, error)
+
+
+def _by_line(lines: Iterable[str], dropped: "Counter[Why]", first: Exception) -> list[_Series]:
+    """Read a page on which something is wrong: one bad line does not hide the others."""
+    found: list[_Series] = []
+    for line in lines:
+        try:
+            found += _read(line)
+        except _UNREADABLE:
+            dropped["malformed"] += 1
+    if not found:
+        raise ContractError(f"not Prometheus metrics: {first}") from first
+    return found
+
+
+def _read(text: str) -> Iterator[_Series]:
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            yield sample.name, sample.labels, float(sample.value)  # whole numbers come as int
 
 
 def _first(labels: Mapping[str, str], names: tuple[str, ...]) -> str | None:

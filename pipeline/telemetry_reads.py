@@ -165,6 +165,11 @@ async def alert(pool: Pool, alert_id: str) -> AlertView | None:
     return _alert(rows[0]) if rows else None
 
 
+async def alerts_that_begin(pool: Pool, prefix: str) -> list[str]:
+    """Return the ids of alerts that begin so, two at most."""
+    return [row["alert_id"] for row in await pool.rows("alerts_that_begin", prefix)]
+
+
 async def energy(
     pool: Pool, start: datetime, end: datetime, host: str | None = None, now: datetime | None = None
 ) -> list[EnergyRow]:

@@ -55,6 +55,10 @@ ORDER BY since DESC, alert_id LIMIT $9
 SELECT alert_id, gpu_uuid, host, model, rule, severity, state, since, seen_at, fired_at, resolved_at, condition
 FROM gpu_alerts WHERE alert_id = $1
 
+-- name: alerts_that_begin
+-- Ids of alerts that begin with $1, at most two.
+SELECT alert_id FROM gpu_alerts WHERE alert_id ^@ $1 ORDER BY alert_id LIMIT 2
+
 -- name: energy_of_gpus
 -- Energy and idle time of each GPU from minute $1 to minute $4, of whole hours from $2 to $3 by the hour.
 WITH parts AS (

@@ -57,6 +57,7 @@ def test_gpus() -> None:
         "GPU-2",
         "GPU-3",
     ]
+    assert run("gpus", "--json").stdout == listed.stdout
     top = run("gpus", "top")  # not a terminal: one look
     assert [line.split()[0] for line in top.stdout.splitlines()] == ["GPU", "GPU-2", "GPU-3", "GPU-1"]
     assert "1 critical" in top.stdout
@@ -75,6 +76,9 @@ def test_alerts_and_silences() -> None:
     assert json.loads(run("alerts", "list", "--json").stdout)["id"] == identity
     assert "there is no such alert" in run("alerts", "list", "--severity", "info").output
     assert "inspect" in run("alerts", "show", identity).stdout
+    assert run("alerts").stdout == run("alerts", "list").stdout
+    assert identity in run("alerts", "show", identity[:8]).stdout
+    assert run("alerts", "show", identity[:7]).exit_code == 1
     assert run("alerts", "show", "none").exit_code == 1
     made = run("alerts", "silence", "host=node-*", "host=gpu-*", "rule=thermal", "--for", "2h", "--json")
     silence = json.loads(made.stdout)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from millrace import durations, output, parts, results
+from millrace import cli_collect, cli_feed, durations, output, parts, results, simulate
 from millrace.cli import app
+from millrace.collect_sources import ExporterSource
 from pipeline.errors import (
     ConfigurationError,
     DependencyError,
@@ -56,6 +57,9 @@ def run(*arguments: str) -> tuple[int, str]:
         "collect --interval never",
         "collect --sample-interval 20s",
         "collect --from-exporter node:9400",
+        "collect --from-exporter http://[node",
+        "collect --from-exporter http:///metrics",
+        "alerts list --state open",
         "dead-letters redrive",
         "dead-letters redrive 1 --all",
         "dead-letters redrive 1 --code image",
@@ -75,11 +79,54 @@ def test_a_wrong_command_line_ends_with_2(line: str) -> None:
 def test_a_wrong_setting_ends_with_78_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong setting is one line that names its variable, whatever the command."""
     monkeypatch.setenv("MILLRACE_KAFKA_PORT", "none")
-    for command in ("lag", "topics", "migrate"):
+    for command in ("lag", "topics", "migrate", "gpus", "alerts"):
         code, said = run(command)
         assert code == 78
         assert said.startswith("millrace: MILLRACE_KAFKA_PORT")
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("http://node:9400", "http://node:9400/metrics"),
+        ("https://user:pass@node/", "https://user:pass@node/metrics"),
+        ("http://node:9400/gpu?all=1", "http://node:9400/gpu?all=1"),
+    ],
+)
+def test_the_address_of_an_exporter(given: str, expected: str) -> None:
+    """An address without a path means the metrics there."""
+    assert cli_collect._address(given) == expected
+
+
+async def test_a_password_of_an_exporter_is_not_told() -> None:
+    """What is said of an exporter that does not answer has its address and no password."""
+    source = ExporterSource("http://user:hidden@127.0.0.1:9/metrics", None)
+    with pytest.raises(DependencyError, match=r"^http://127\.0\.0\.1:9/metrics does not answer") as raised:
+        await source.read()
+    await source.stop()
+    assert "hidden" not in raised.value.message
+
+
+def test_several_faults() -> None:
+    """Faults are named between commas or spaces, and the option may be repeated."""
+    assert cli_feed._names(["thermal, ecc", "lost"]) == ("thermal", "ecc", "lost")
+    assert cli_feed._names([""]) == ()
+
+
+def test_a_fleet_of_the_past_is_another_in_each_run() -> None:
+    """What begins before now has hosts and GPUs that no run before it had; what begins now has the same again."""
+    now = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+    def names(speed: float | None, moment: datetime) -> set[str]:
+        fleet = simulate._make(simulate.Wishes(gpus=8, seconds=600.0, speed=speed), moment)
+        hosts = {record.host for record in next(iter(fleet)).records}
+        return {*fleet.uuids, *hosts}
+
+    later = now + timedelta(minutes=1)
+    assert not names(None, now) & names(None, later)
+    assert not names(10.0, now) & names(10.0, later)
+    assert names(1.0, now) == names(1.0, later)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

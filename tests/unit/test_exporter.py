@@ -74,6 +74,32 @@ def test_wrong_uuids_and_numbers_are_left_out() -> None:
     assert dropped == {"malformed": 1, "above_maximum": 1, "below_minimum": 1}
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        'DCGM_FI_DEV_POWER_USAGE{UUID="GPU-1"} N/A',
+        'DCGM_FI_DEV_POWER_USAGE{UUID="GPU-1"} ',
+        'DCGM_FI_DEV_POWER_USAGE{UUID="GPU-1",pod="a"b"} 70',
+        f'DCGM_FI_DEV_POWER_USAGE{{UUID="GPU-1"}} {"9" * 400}',
+    ],
+)
+def test_a_bad_line_hides_no_other(bad: str) -> None:
+    """A line that cannot be read is left out and counted; with nothing else it is no page."""
+    good = (f'DCGM_FI_DEV_{name}{{UUID="GPU-1"}} 50\n' for name in ("GPU_TEMP", "SM_CLOCK"))
+    hosts, _, dropped = exporter.parse(f"{next(good)}{bad}\n{next(good)}", NOW, "node-1", None)
+    assert hosts[0].samples[0].values == {"temperature_celsius": 50, "sm_clock_mhz": 50}
+    assert dropped == {"malformed": 1}
+    with pytest.raises(ContractError, match="not Prometheus"):
+        exporter.parse(f"# HELP x\n{bad}\n", NOW, "node-1", None)
+
+
+def test_a_count_that_jumps_is_not_as_many_events() -> None:
+    """However far a count grew, a sample has a hundred events of it at most."""
+    hosts, _, _ = exporter.parse(page(xids={31: 10**9, 79: 2}), NOW, "else", {})
+    (xids,) = (sample.xids for host in hosts for sample in host.samples if sample.xids)
+    assert (xids.count(31), xids.count(79)) == (100, 2)
+
+
 @given(st.one_of(st.text(), st.text(alphabet='ab{}=",\\ 1.\n#TYPEgauge')))
 def test_any_text_is_samples_or_a_contract_error(text: str) -> None:
     """A page of anything raises ContractError and nothing else."""

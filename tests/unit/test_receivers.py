@@ -172,6 +172,12 @@ def test_an_alertmanager_gets_labels_and_an_end() -> None:
     }  # fmt: skip
     assert [each["endsAt"] for each in sent] == ["2026-11-21T12:34:00Z", "2026-11-21T12:09:01Z"]
     assert sent[0]["annotations"]["alert_id"] == firing.id
+    told = {name: sent[0]["annotations"].get(name) for name in ("description", "action", "runbook")}
+    condition = firing.condition
+    assert told == {
+        "description": condition.message, "action": condition.action, "runbook": condition.runbook,
+    }  # fmt: skip
+    assert condition.action
 
 
 @pytest.mark.parametrize(
