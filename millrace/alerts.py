@@ -18,6 +18,7 @@ from pipeline.gpu_views import AlertView
 from pipeline.notifications import Notification, Silence
 from pipeline.receivers import check_match
 from pipeline.settings import Settings
+from pipeline.telemetry import Alert
 from pipeline.telemetry_reads import AlertFilter
 from pipeline.topics import GPU_ALERTS
 
@@ -202,6 +203,16 @@ def parse_labels(given: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
     return match
 
 
+def line_of(alert: Alert) -> str:
+    """Return a step of an alert as a line, with the id that `alerts show` takes."""
+    condition = alert.condition
+    action = f"  next: {condition.action}" if condition.action and alert.state == "firing" else ""
+    return (
+        f"{alert.id}  {_moment(alert.time)}  {alert.state:<8}  {condition.severity:<8}  {condition.rule}  "
+        f"{alert.host}  {alert.gpu_uuid}  {condition.message}{action}"
+    )
+
+
 async def _print(reader: LiveReader, limit: int | None, severity: str | None, as_json: bool) -> None:
     printed = 0
     async for record in reader:
@@ -215,12 +226,7 @@ async def _print(reader: LiveReader, limit: int | None, severity: str | None, as
         if as_json:
             emit(alert)
         else:
-            condition = alert.condition
-            action = f"  next: {condition.action}" if condition.action and alert.state == "firing" else ""
-            show(
-                f"{alert.id}  {_moment(alert.time)}  {alert.state:<8}  {condition.severity:<8}  {condition.rule}  "
-                f"{alert.host}  {alert.gpu_uuid}  {condition.message}{action}"
-            )
+            show(line_of(alert))
         printed += 1
         if printed == limit:
             return

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from millrace import ports, processes
+from millrace import alerts, ports, processes
 from millrace.fleet import GPUS, SampleFleet
 from millrace.folders import require_unused
 from millrace.local import EmbeddedKafka, EmbeddedPostgres, LocalServices, local_services
@@ -269,12 +269,7 @@ class _Stack:
         if self._wishes.as_json:
             emit(alert)
         elif alert.state != "pending":
-            condition = alert.condition
-            action = f"  -> {condition.action}" if condition.action and alert.state == "firing" else ""
-            show(
-                f"{alert.id}  {alert.state} {condition.severity}  {alert.gpu_uuid} of {alert.host}  "
-                f"{condition.rule}: {condition.message}{action}"
-            )
+            show(alerts.line_of(alert))
 
     def _tell_unprinted(self) -> None:
         now = time.monotonic()

@@ -7,13 +7,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from millrace import cli
-from millrace.alerts import parse_labels
+from millrace.alerts import line_of, parse_labels
 from millrace.gpus import badness
 from pipeline.gpu_views import Firing, GpuView, Latest
 from pipeline.settings import load
 from pipeline.telemetry import Condition, Gpu, GpuWindow, Sample, Samples, Windows, alert_id
 from pipeline.telemetry_database import TelemetryDatabase
 from tests.support import services
+from tests.support.receivers import alert
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -104,6 +105,14 @@ def test_the_worst_comes_first() -> None:
         gpu(),
     ]  # fmt: skip
     assert sorted(ordered, key=lambda one: badness(one, NOW), reverse=True) == ordered
+
+
+def test_a_line_of_an_alert_has_its_id() -> None:
+    """What `tail` and `up` print of an alert names it as `show` takes it, and says what to do next."""
+    firing = alert(1)
+    line = line_of(firing)
+    assert line.split()[0] == firing.id
+    assert line.endswith("next: inspect")
 
 
 @pytest.mark.parametrize("given", [["host"], ["=a"], ["a b=c"], [f"host={'x' * 300}"]])
