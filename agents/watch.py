@@ -194,8 +194,7 @@ class WatchStep:
         except ContractError as error:
             metrics.SAMPLES_DROPPED.labels(self.name, error.code).inc()
             return None
-        # By what a producer without a key means: its host.
-        key = (record.key or b"").decode("utf-8", "replace")[:255] or samples.host
+        key = telemetry.key_of(record, samples.host)
         owned.quiet_seconds.pop(key, None)
         fed = owned.watch.feed(delivered, key, samples, record.timestamp_ms)
         for reason, count in (*dropped.items(), *fed.dropped.items()):

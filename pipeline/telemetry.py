@@ -27,6 +27,8 @@ MAX_SAMPLES = 10_000
 # What a name that DCGM does not know may look like: a label and a query parameter at once.
 _FIELD_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:.]{0,127}")
 MAX_UNKNOWN_FIELDS = 64
+# What a `Name` must not hold.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # A publisher's clock may be ahead of Kafka's by so much; beyond it the time is wrong.
 MAX_AHEAD = timedelta(minutes=5)
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
@@ -231,6 +233,12 @@ def encode_windows(windows: Windows) -> Outgoing:
 def encode_alert(alert: Alert) -> Outgoing:
     """Encode for `gpu.alerts.v1`."""
     return _outgoing(alert.id, ALERT_TYPE, alert, f"{alert.id}/{alert.state}")
+
+
+def key_of(record: Record, host: str) -> str:
+    """Return what the GPUs of a record share, whatever bytes its key is; the host where it has none."""
+    text = (record.key or b"").decode("utf-8", "replace")
+    return _CONTROL.sub("\ufffd", text)[:255] or host
 
 
 def decode_samples(record: Record) -> Judged:

@@ -136,3 +136,22 @@ def test_an_alert_is_told_by_its_beginning() -> None:
     first = telemetry.alert_id("GPU-1", "thermal_margin", NOW)
     assert first == telemetry.alert_id("GPU-1", "thermal_margin", NOW.astimezone())
     assert first != telemetry.alert_id("GPU-1", "thermal_margin", NOW + timedelta(seconds=1))
+
+
+@pytest.mark.parametrize("key", [b"\0\0\0\7", b"node\r", b"a\tb", b"\xff\x7f", b"x" * 300, b"", None])
+def test_any_key_makes_windows_that_can_be_read(key: bytes | None) -> None:
+    """Whatever bytes a producer uses as a key, readers accept the windows of its GPUs."""
+    at = datetime(2026, 3, 1, tzinfo=UTC)
+    given = Record(topic="t", partition=0, offset=0, timestamp_ms=0, key=key)
+    windows = telemetry.Windows(
+        key=telemetry.key_of(given, "node-1"),
+        start=at,
+        end=at,
+        gpus=(telemetry.GpuWindow(gpu_uuid="GPU-1", host="node-1"),),
+    )
+    outgoing = telemetry.encode_windows(windows)
+    read = telemetry.decode_windows(
+        Record(topic="t", partition=0, offset=0, timestamp_ms=0, value=outgoing.value)
+    )
+    assert read == windows
+    assert read.key == "node-1" or key
