@@ -6,7 +6,8 @@ committed offset:
     ""                       the last owner handed over in good order
     "assigned X"             an owner began at offset X and has committed nothing past it
     "careful X N U"          records before U are read alone; the one at X was started alone N times
-    "alone S N U X"          the same for the record at S, while records from X on are held (`Delivered.buffer`)
+    "alone S N U X"          the same for the record at S, while records from X on are held (`Delivered.buffer`);
+                             N is 0 while nothing is suspected: if this owner dies, records from S to U are
 
 A partition assigned again with "assigned X" and still at X has seen an owner die on the spot: its next
 records are suspects and read one at a time, the attempt written down before it starts. Pure.
@@ -70,6 +71,11 @@ class Mark:
     def survived(self) -> "Mark":
         """Return the mark after an ownership that ended in good order before the attempt finished."""
         return Mark(self.offset, max(0, self.attempts - 1), self.until, self.first)
+
+    def beyond(self) -> "Mark":
+        """Return the mark once all suspects are held: what follows is suspected after the next death, not now."""
+        end = self.until + MAX_SUSPECTS
+        return Mark(self.until, 0, end, end)
 
     def at_start(self, offset: int) -> str:
         """Metadata to commit when an ownership begins at `offset`."""

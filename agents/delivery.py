@@ -77,7 +77,7 @@ class Delivery:
                 error = f"{type(self._broken).__name__}: {self._broken}"
                 raise FatalError(f"a record could not be rejected: {error}") from self._broken
             turn_seconds = None
-            if not (self._stopped or self._handing_over):
+            if not (self._stopped or self._handing_over) and not await self._pass_suspects():
                 batch = self._inbox.pick(max_records, max_bytes)
                 if batch:
                     return batch
@@ -341,6 +341,28 @@ class Delivery:
         partition = delivered.partition
         if partition.attempting and partition.mark.offset == delivered.record.offset:
             partition.mark, partition.attempting = partition.mark.survived(), False
+
+    async def _pass_suspects(self) -> bool:
+        """Suspect the next records once all suspects are held; True: something was written, look again.
+
+        Elder records that are held keep the committed offset back. Without a word the next owner would suspect
+        the last of these again, whatever kills us after them.
+        """
+        for partition in self._partitions.values():
+            mark, head = partition.mark, partition.ledger.committable
+            if head is None or not max(head, mark.first) < mark.until or partition.closing:
+                continue
+            is_waiting = partition.open_suspects or next(iter(partition.pending), mark.until) < mark.until
+            if is_waiting or partition.ledger.next_offset < mark.until:
+                continue
+            beyond = mark.beyond()
+            if await self._commits.mark({partition: (head, beyond.at_commit(head))}):
+                partition.mark, partition.committed = beyond, head
+            else:
+                await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
+            self._changed.set()
+            return True
+        return False
 
     async def _begin_careful(self, delivered: Delivered) -> bool:
         """Write the attempt down, then let the record start alone; reject what has died too often."""

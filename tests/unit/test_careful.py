@@ -73,3 +73,14 @@ def test_a_suspect_behind_records_that_are_held() -> None:
     assert mark.suspects(14)
     assert mark.attempt(14).attempts == 2
     assert Mark.read(metadata, 11, 100) == Mark()
+
+
+def test_after_suspects_that_are_held_the_next_ones_are_suspected() -> None:
+    """What follows suspects that are all held is not suspected now, but after the next death."""
+    mark = Mark.read("alone 73 1 74 10", 10, 500).beyond()
+    assert not any(mark.suspects(offset) for offset in range(300))
+    assert mark.at_commit(10) == "alone 74 0 138 10"
+    assert mark.at_commit(74) == ""
+    after = Mark.read(mark.at_commit(10), 10, 500)
+    assert [offset for offset in range(300) if after.suspects(offset)] == list(range(74, 138))
+    assert after.attempt(74).attempts == 1

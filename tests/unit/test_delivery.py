@@ -530,3 +530,29 @@ async def test_suspects_that_are_held_let_the_next_one_begin() -> None:
         delivered.buffer()
     (delivered,) = await bench.take()
     assert delivered.record.offset == 3
+
+
+async def test_a_killer_behind_records_that_are_held_is_found() -> None:
+    """Of many records that are held without a commit the one that kills is condemned, and none beside it."""
+    killer, broker = 100, Broker()
+    for _ in range(10):
+        bench = Bench()
+        bench.delivery = Delivery(
+            step="test", committer=broker, reject=bench._reject, max_open_records=1000, max_open_bytes=10_000
+        )
+        committed, metadata = broker.committed.get((BULK, 0), (0, ""))
+        bench.assign(BULK, committed=committed, metadata=metadata, end=130)
+        await bench.delivery.mark_started({(BULK, 0): Start(committed, metadata, 0, 130)})
+        bench.deliver(BULK, *range(130))
+        opened: set[int] = set()
+        while len(opened) < 130 - len(bench.rejected):
+            batch = await bench.take(20)
+            opened |= {delivered.record.offset for delivered in batch}
+            if killer in opened:
+                break
+            for delivered in batch:
+                delivered.buffer()
+        if killer not in opened:
+            break
+    assert killer not in opened
+    assert bench.rejected == [(killer, "process_killed")]
