@@ -9,64 +9,81 @@ import csv
 import gzip
 import heapq
 import math
-import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import dcgm, telemetry
+from millrace import dump_rows
+from millrace.dump_rows import Identity
+from millrace.dump_xids import COUNT, MAX_CODE, GpuXids
+from pipeline import dcgm
 from pipeline.errors import ContractError
+from pipeline.telemetry import Gpu
 
 # About 25 MB of rows that wait for their moment to be complete.
 LOOKAHEAD_ROWS = 200_000
 _LINES_KEPT = 5
-_REQUIRED = ("timestamp", "metric_name", "value")
-_METRIC = re.compile(r"[A-Za-z_:][A-Za-z0-9_:.]{0,127}")
-# Labels that say what the GPU is, in the spellings of dcgm-exporter's versions, by our column.
-_IDENTITY = {
-    "UUID": "uuid", "uuid": "uuid", "gpu_uuid": "uuid", "Hostname": "hostname", "hostname": "hostname",
-    "gpu": "gpu_id", "device": "device", "modelName": "modelname", "model_name": "modelname",
-    "pci_bus_id": "pci_bus_id", "DCGM_FI_DRIVER_VERSION": "driver_version", "__name__": "metric_name",
-}  # fmt: skip
-# Labels of one series, not of the GPU.
-_OF_A_SERIES = frozenset(
-    {"GPU_I_ID", "GPU_I_PROFILE", "err_code", "err_msg", "xid", "window_size_in_ms", "clock_event"}
-)
-_NOT_LABELS = _OF_A_SERIES | frozenset(_IDENTITY)
-_KNOWN_COLUMNS = frozenset({*_REQUIRED, *_IDENTITY.values(), "labels_raw"})
+# What `watch` and `record` take; a dump from a clock that is a little ahead is one, too.
+_EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+_AHEAD = timedelta(days=1)
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a dump has of one GPU at one moment."""
+
+    #: By field.
+    values: dict[str, float] = field(default_factory=dict)
+    #: Errors that were not there at the moment before.
+    xids: tuple[int, ...] = ()
+    #: By code: how often within the exporter's window.
+    xid_counts: dict[int, int] = field(default_factory=dict)
+    #: What its rows say of the GPU; one, when the moment is complete.
+    gpus: list[Gpu] = field(default_factory=list)
+    #: What a row with unreadable labels says, if nothing better is known.
+    partly: Gpu | None = None
+    links: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Moment(NamedTuple):
-    """All values that a dump has of one moment: by host, GPU and field."""
+    """All that a dump has of one moment: by host and GPU."""
 
     time: datetime
-    hosts: Mapping[str, Mapping[str, Mapping[str, float]]]
+    hosts: Mapping[str, Mapping[str, Reading]]
     rows: int
 
 
-class _Identity(NamedTuple):
-    host: str
-    gpu_uuid: str
+class _Value(NamedTuple):
+    """What one row says."""
+
+    time: datetime
+    identity: Identity
+    name: str
+    value: float
+    #: Of a count of XID errors.
+    xid: int | None
 
 
 @dataclass
 class Rejects:
-    """What was left out: how much by reason, and in which lines first."""
+    """What was left out or doubted: how much by reason, and in which lines first."""
 
     counts: Counter[str] = field(default_factory=Counter)
     lines: dict[str, list[int]] = field(default_factory=dict)
+    #: Rows that were left out.
+    rows: int = 0
 
-    def add(self, reason: str, line: int) -> None:
-        """Count a row."""
+    def add(self, reason: str, line: int, *, is_kept: bool = False) -> None:
+        """Count a row; `is_kept` if its value was."""
         self.counts[reason] += 1
+        self.rows += not is_kept
         kept = self.lines.setdefault(reason, [])
         if len(kept) < _LINES_KEPT:
             kept.append(line)
@@ -83,39 +100,43 @@ class Dump:
         self._path = path
         self._limit = limit
         self._lookahead_rows = lookahead_rows
-        #: What each GPU is, by host and UUID.
-        self.gpus: dict[str, dict[str, telemetry.Gpu]] = {}
+        self._latest = datetime.now(UTC) + _AHEAD
+        #: What each GPU is, by host and UUID, as the last moment that was read has it.
+        self.gpus: defaultdict[str, dict[str, Gpu]] = defaultdict(dict)
         self.rejects = Rejects()
         #: Values that mean "no value": left out, and no fault.
         self.blanks = 0
         self.rows = 0
         with open_text(path) as file:
             try:
-                self._columns = _columns(next(csv.reader(file), []))
+                self._columns = dump_rows.columns(next(csv.reader(file), []))
             except csv.Error as error:
                 raise ContractError(f"{path}: not CSV: {error}") from None
             except UnicodeDecodeError:
                 raise ContractError(f"{path}: not UTF-8 text") from None
             except (OSError, EOFError, zlib.error) as error:
                 raise ContractError(f"{path}: {error}") from None
+        self._describing = tuple(index for index, _, _ in self._columns.describing)
+        self._identified = lru_cache(maxsize=65_536)(self._columns.identified)
 
     def moments(self) -> Iterator[Moment]:
         """Read the file once, and yield its moments in order of time."""
         waiting: list[datetime] = []
-        gathered: dict[datetime, dict[str, dict[str, dict[str, float]]]] = {}
+        gathered: dict[datetime, dict[str, dict[str, Reading]]] = {}
         sizes: Counter[datetime] = Counter()
+        xids: defaultdict[tuple[str, str], GpuXids] = defaultdict(GpuXids)
         held = 0
         newest_out = datetime.min.replace(tzinfo=UTC)
 
         def oldest() -> Moment:
             time = heapq.heappop(waiting)
-            return Moment(time, gathered.pop(time), sizes.pop(time))
+            return self._completed(Moment(time, gathered.pop(time), sizes.pop(time)), xids)
 
         for line, row in self._numbered_rows():
             read = self._read(row, line)
             if read is None:
                 continue
-            time, identity, name, value = read
+            time = read.time
             if time <= newest_out:
                 self.rejects.add("its moment is past: sort the dump by time", line)
                 continue
@@ -123,11 +144,13 @@ class Dump:
             if hosts is None:
                 hosts = gathered[time] = {}
                 heapq.heappush(waiting, time)
-            values = hosts.setdefault(identity.host, {}).setdefault(identity.gpu_uuid, {})
-            if name in values:
+            gpus = hosts.setdefault(read.identity.host, {})
+            reading = gpus.get(read.identity.gpu_uuid)
+            if reading is None:
+                reading = gpus[read.identity.gpu_uuid] = Reading()
+            if not _put(reading, read):
                 self.rejects.add("the same metric of the same GPU and moment again", line)
                 continue
-            values[name] = value
             sizes[time] += 1
             held += 1
             if held > self._lookahead_rows and len(waiting) > 1:
@@ -138,194 +161,165 @@ class Dump:
         while waiting:
             yield oldest()
 
-    def _numbered_rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield rows with their line; what is not CSV is counted."""
-        with open_text(self._path) as file:
-            reader = csv.reader(file)
-            next(reader, None)
-            left = math.inf if self._limit is None else self._limit
-            while left > 0:
-                line = reader.line_num + 1
-                try:
-                    row = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error:
-                    self.rejects.add("not CSV", line)
-                    continue
-                except (OSError, EOFError, zlib.error) as error:
-                    # A gzip file that was cut off: what came before it is good.
-                    self.rejects.add(f"the file ends too early: {error}", line)
-                    return
-                if row:
-                    self.rows += 1
-                    left -= 1
-                    yield line, row
+    def _completed(self, moment: Moment, xids: Mapping[tuple[str, str], GpuXids]) -> Moment:
+        """Say what the GPUs are at this moment, and which errors are new."""
+        for host, readings in moment.hosts.items():
+            known = self.gpus[host]
+            for gpu_uuid, reading in readings.items():
+                if len(reading.gpus) == 1:
+                    known[gpu_uuid] = reading.gpus[0]
+                elif reading.gpus:
+                    known[gpu_uuid] = _merged(reading.gpus)
+                elif reading.partly is not None:
+                    known.setdefault(gpu_uuid, reading.partly)
+                reading.gpus = [known[gpu_uuid]]
+                reading.xids = xids[host, gpu_uuid].step(reading.values, reading.xid_counts)
+        return moment
 
-    def _read(self, row: list[str], line: int) -> tuple[datetime, _Identity, str, float] | None:
-        columns = self._columns
-        if len(row) != columns.count:
+    def _numbered_rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield rows with their line, up to the limit."""
+        left = math.inf if self._limit is None else self._limit
+        with open_text(self._path) as file:
+            for line, row in self._rows_of(file) if left else ():
+                self.rows += 1
+                left -= 1
+                yield line, row
+                if left <= 0:
+                    return
+
+    def _rows_of(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+        """Yield what is not empty; what is not CSV is counted, and lines that a quote joins are parted again."""
+        lines: list[str] = []
+
+        def remembered() -> Iterator[str]:
+            for line in file:
+                lines.append(line)
+                yield line
+
+        reader = csv.reader(remembered())
+        next(reader, None)
+        while True:
+            begin = reader.line_num + 1
+            lines.clear()
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield from self._apart(begin, lines)
+                continue
+            except (OSError, EOFError, zlib.error) as error:
+                # A gzip file that was cut off: what came before it is good.
+                self.rejects.add(f"the file ends too early: {error}", begin)
+                return
+            if len(lines) > 1 and self._is_joined(row, lines):
+                yield from self._apart(begin, lines)
+            elif row:
+                yield begin, row
+
+    def _is_joined(self, row: list[str], lines: Sequence[str]) -> bool:
+        """Whether it is several rows, of which one has a quote that nothing closes."""
+        if len(row) != self._columns.count:
+            return True
+        for line in lines[1:]:
+            try:
+                alone = next(csv.reader([line]), [])
+                if len(alone) == self._columns.count and dump_rows.moment(
+                    alone[self._columns.timestamp].strip()
+                ):
+                    return True
+            except (csv.Error, ValueError):
+                continue
+        return False
+
+    def _apart(self, begin: int, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+        for number, line in enumerate(lines, begin):
+            try:
+                row = next(csv.reader([line]), [])
+            except csv.Error:
+                self.rejects.add("not CSV", number)
+                continue
+            if row:
+                yield number, row
+
+    def _read(self, row: list[str], line: int) -> _Value | None:
+        if len(row) != self._columns.count:
             self.rejects.add("another number of columns than the first line", line)
             return None
-        text = row[columns.value].strip()
+        text = row[self._columns.value].strip()
         if not text:
             self.blanks += 1
             return None
         try:
-            value = float(text)
-            time = _moment(row[columns.timestamp].strip())
-            name = _field_name(row[columns.metric_name].strip())
-            if not math.isfinite(value) or "_" in text:
-                raise ValueError("the value is not a number")
-            identity = self._identity(row, line)
+            read = self._meant(row, text)
         except ValueError as error:
             reason = str(error)
             self.rejects.add("the value is not a number" if "could not convert" in reason else reason, line)
             return None
+        if read is not None and not read.identity.is_whole:
+            self.rejects.add("labels_raw cannot be read (the value is kept)", line, is_kept=True)
+        return read
+
+    def _meant(self, row: list[str], text: str) -> _Value | None:
+        """Say what a row means; None is a blank.
+
+        Raises:
+            ValueError: it cannot mean anything.
+        """
+        value = float(text)
+        time = dump_rows.moment(row[self._columns.timestamp].strip())
+        if not _EARLIEST <= time <= self._latest:
+            raise ValueError("the time is far in the past or the future")
+        metric = row[self._columns.metric_name].strip()
+        name = dump_rows.field_name(metric)
+        if not math.isfinite(value) or "_" in text:
+            raise ValueError("the value is not a number")
+        identity = self._identified(tuple([row[index] for index in self._describing]))
         why = dcgm.why_dropped(name, value)
         if why == "blank":
             self.blanks += 1
             return None
         if why is not None:
-            self.rejects.add(f"the value is {why.replace('_', ' ')} of {name}", line)
-            return None
-        return time, identity, name, value
-
-    def _identity(self, row: list[str], line: int) -> _Identity:
-        """Say whose value it is, and remember what its GPU is."""
-        columns = self._columns
-        labels: Mapping[str, str] = {}
-        if columns.labels_raw is not None and row[columns.labels_raw]:
-            try:
-                labels = _labels(row[columns.labels_raw])
-            except ValueError as error:
-                self.rejects.add(f"{error} (the value is kept)", line)
-        found = {_IDENTITY[name]: text for name, text in labels.items() if name in _IDENTITY}
-        found |= {name: text for name, index in columns.identity if (text := row[index].strip())}
-        host, gpu_uuid = found.get("hostname", ""), found.get("uuid", "")
-        instance = labels.get("GPU_I_ID")
-        if instance and gpu_uuid:
-            # As `millrace collect --from-exporter` calls it: dcgm-exporter gives instances the UUID of their GPU.
-            found["parent"], gpu_uuid = gpu_uuid, f"MIG-{gpu_uuid}:{instance}"
-            found["device"] = labels.get("GPU_I_PROFILE") or found.get("device", "")
-        if gpu_uuid in self.gpus.get(host, {}):
-            return _Identity(host, gpu_uuid)
-        if not gpu_uuid:
-            raise ValueError("no GPU UUID")
-        if not host:
-            raise ValueError("no host name")
-        more = {name: text for name, text in labels.items() if name not in _NOT_LABELS}
-        more |= {name: text for name, index in columns.others if (text := row[index].strip())}
-        gpu = _gpu(host, gpu_uuid, found, more)
-        self.gpus.setdefault(host, {})[gpu_uuid] = gpu
-        return _Identity(host, gpu_uuid)
+            raise ValueError(f"the value is {why.replace('_', ' ')} of {name}")
+        if not identity.series:
+            return _Value(time, identity, name, value, None)
+        if metric == COUNT and (code := identity.series.get("xid")):
+            if not code.isdecimal() or len(code) > 6 or int(code) > MAX_CODE or value < 0:
+                raise ValueError("no count of an XID error")
+            return _Value(time, identity, name, value, int(code))
+        return _Value(time, identity, dump_rows.field_name(metric, identity.kind), value, None)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    count: int
-    timestamp: int
-    metric_name: int
-    value: int
-    labels_raw: int | None
-    identity: Sequence[tuple[str, int]]
-    #: Kept as labels of the GPU, under the name in the header.
-    others: Sequence[tuple[str, int]]
+def _put(reading: Reading, read: _Value) -> bool:
+    """Add a value; of NVLinks the sum. False: it is there already."""
+    name, identity = read.name, read.identity
+    if read.xid is not None:
+        if read.xid in reading.xid_counts:
+            return False
+        reading.xid_counts[read.xid] = int(read.value)
+    elif identity.series and (link := identity.link):
+        if (name, link) in reading.links or (name in reading.values and not reading.links):
+            return False
+        reading.links.add((name, link))
+        reading.values[name] = reading.values.get(name, 0.0) + read.value
+    elif name in reading.values:
+        return False
+    else:
+        reading.values[name] = read.value
+    if not identity.is_whole:
+        reading.partly = identity.gpu
+    elif not any(gpu is identity.gpu for gpu in reading.gpus):
+        reading.gpus.append(identity.gpu)
+    return True
 
 
-def _columns(header: list[str]) -> _Columns:
-    """Find the columns, in any order and case.
-
-    Raises:
-        ContractError: one is missing or there twice.
-    """
-    given = [name.strip() for name in header]
-    names = [_IDENTITY.get(name, name.casefold()) for name in given]
-    missing = [name for name in _REQUIRED if name not in names]
-    if missing:
-        raise ContractError(f"the dump's first line has no column {', '.join(missing)}: not a DCGM dump")
-    for identity in ("uuid", "hostname"):
-        if identity not in names and "labels_raw" not in names:
-            raise ContractError(f"the dump has neither a column {identity} nor labels_raw")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ContractError(f"the dump's first line has the column {twice[0]!r} twice")
-    identities = {*_IDENTITY.values()} - {"metric_name"}
-    return _Columns(
-        count=len(names),
-        timestamp=names.index("timestamp"),
-        metric_name=names.index("metric_name"),
-        value=names.index("value"),
-        labels_raw=names.index("labels_raw") if "labels_raw" in names else None,
-        identity=[(name, index) for index, name in enumerate(names) if name in identities],
-        others=[
-            (given[index], index)
-            for index, name in enumerate(names)
-            if name not in _KNOWN_COLUMNS and given[index] not in _OF_A_SERIES
-        ],
-    )
-
-
-def _gpu(host: str, gpu_uuid: str, found: Mapping[str, str], labels: Mapping[str, str]) -> telemetry.Gpu:
-    described: dict[str, Any] = {
-        "gpu_uuid": gpu_uuid, "model": found.get("modelname"), "device": found.get("device"),
-        "pci_bus_id": found.get("pci_bus_id"), "parent_uuid": found.get("parent"),
-        "driver_version": found.get("driver_version"),
-        "labels": {name: text for name, text in labels.items() if text},
-    }  # fmt: skip
-    index = found.get("gpu_id", "")
-    if index.isdecimal():
-        described["index"] = int(index)
-    try:
-        msgspec.convert(host, telemetry.Name)
-        return msgspec.convert(described, telemetry.Gpu)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"the GPU or its host cannot be called so: {error}") from None
-
-
-@lru_cache(maxsize=4096)
-def _field_name(metric: str) -> str:
-    """Return our name of a metric, or its own if nobody knows it."""
-    known = dcgm.find(metric)
-    if known is not None:
-        return known.name
-    if not _METRIC.fullmatch(metric):
-        raise ValueError("no name of a metric")
-    return metric
-
-
-@lru_cache(maxsize=4096)
-def _moment(text: str) -> datetime:
-    """Read ISO 8601 (UTC without a zone), or seconds, milli-, micro- or nanoseconds since 1970."""
-    try:
-        found = datetime.fromisoformat(text)
-        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
-    try:
-        seconds = float(text)
-        while abs(seconds) > 1e11:  # the year 5138 in seconds, 1973 in milliseconds
-            seconds /= 1000
-        return datetime.fromtimestamp(seconds, UTC)
-    except (ValueError, OverflowError, OSError):
-        raise ValueError("the timestamp is no time") from None
-
-
-@lru_cache(maxsize=65_536)
-def _labels(body: str) -> Mapping[str, str]:
-    """Read a label body as Prometheus writes it, with commas and quotes in its values."""
-    if "\n" in body or "\r" in body:
-        raise ValueError("labels_raw cannot be read")
-    body = body.removeprefix("{").removesuffix("}")
-    # A body may bring the name of its metric along; the parser wants exactly one.
-    line = f"{{{body}}} 0\n" if re.search(r"(^|,)\s*__name__\s*=", body) else f"x{{{body}}} 0\n"
-    try:
-        found = [sample for family in text_string_to_metric_families(line) for sample in family.samples]
-    except ValueError:
-        raise ValueError("labels_raw cannot be read") from None
-    if len(found) != 1:
-        raise ValueError("labels_raw cannot be read")
-    return found[0].labels
+def _merged(gpus: Sequence[Gpu]) -> Gpu:
+    """Return what several series say of one GPU."""
+    described: dict[str, object] = {}
+    for gpu in gpus:
+        described = msgspec.to_builtins(gpu) | described
+    described["labels"] = {name: text for gpu in gpus for name, text in gpu.labels.items()}
+    return dump_rows.interned(msgspec.json.encode(described))
 
 
 def open_text(path: Path) -> TextIO:
