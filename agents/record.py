@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 import msgspec
@@ -37,7 +37,11 @@ OUTBOX_STEPS = 100
 # How soon steps that another replica, or a worker that died, left behind are published.
 OUTBOX_INTERVAL_SECONDS = 2.0
 ROLLUP_INTERVAL_SECONDS = 5.0
-PARTITIONS_INTERVAL_SECONDS = 3600.0
+TEND_INTERVAL_SECONDS = 3600.0
+# GPUs of one transaction.
+SILENT_GPUS = 1000
+# No sample is from before 2000, and a window lasts a day at most.
+EARLIEST = datetime(1999, 12, 31, tzinfo=UTC)
 _MAX_INTEGER = 2**31 - 1
 
 
@@ -107,7 +111,8 @@ class Record:
             group.create_task(self._pump(delivery, group))
             group.create_task(self._publish_steps())
             group.create_task(self._again(self._roll_up, ROLLUP_INTERVAL_SECONDS))
-            group.create_task(self._again(self._tend_partitions, PARTITIONS_INTERVAL_SECONDS))
+            group.create_task(self._again(self._tend_partitions, TEND_INTERVAL_SECONDS))
+            group.create_task(self._again(self._resolve_silent, TEND_INTERVAL_SECONDS))
 
     async def _again(self, work: Callable[[], Awaitable[None]], interval_seconds: float) -> None:
         """Do what keeps the database in order now and then; whatever goes wrong with it, recording goes on."""
@@ -127,6 +132,10 @@ class Record:
     async def _tend_partitions(self) -> None:
         await telemetry_retention.make_ahead(self._database)
         await telemetry_retention.remove_expired(self._database, self._settings)
+
+    async def _resolve_silent(self) -> None:
+        while steps := await self._database.resolve_silent(SILENT_GPUS):
+            self._note(steps)
 
     async def _pump(self, delivery: Delivery, group: asyncio.TaskGroup) -> None:
         free = asyncio.Semaphore(BATCHES_AT_ONCE)
@@ -171,7 +180,7 @@ class Record:
             if kept is None:
                 delivered.finish("skipped")
             else:
-                measured.append(Measured(delivered, _key(delivered, samples), kept))
+                measured.append(Measured(delivered, telemetry.key_of(delivered.record, samples.host), kept))
         for reason, count in dropped.items():
             metrics.SAMPLES_DROPPED.labels(self.name, reason).inc(count)
         faults += await self._isolated(measured, self._save_samples)
@@ -205,9 +214,16 @@ class Record:
                 delivered.finish("skipped")
                 continue
             try:
-                closed.append(Closed(delivered, self._checked(delivered)))
+                windows = self._checked(delivered)
             except ContractError as error:
                 faults.append((delivered, error))
+                continue
+            if windows.start >= delivered.record.published_at - self._window_retention:
+                closed.append(Closed(delivered, windows))
+            else:
+                # `watch` closes windows of whatever samples it is given, a replay of years ago included.
+                metrics.WINDOWS_LEFT_OUT.labels("expired").inc(len(windows.gpus))
+                delivered.finish("skipped")
         faults += await self._isolated(closed, self._save_windows)
         await asyncio.gather(*(self.reject(*fault) for fault in faults))
 
@@ -216,22 +232,23 @@ class Record:
         windows = telemetry.decode_windows(record)
         if windows.end < windows.start:
             raise ContractError(f"the window ends at {windows.end}, before it begins at {windows.start}")
-        earliest, latest = record.published_at - self._window_retention, record.published_at + MAX_AHEAD
-        if not earliest <= windows.start <= windows.end <= latest:
-            raise ContractError(
-                f"the window of {windows.start} is not of the days before {record.published_at}"
-            )
+        if windows.start < EARLIEST or windows.end > record.published_at + MAX_AHEAD:
+            raise ContractError(f"there is no window of {windows.start} at {record.published_at}")
         if not all(map(_is_storable, windows.gpus)):
             raise ContractError("a number or a time of the windows is beyond all bounds")
         return windows
 
     async def _save_windows(self, items: Sequence[Closed]) -> None:
         database = self._database
-        steps = await forever(
+        saved = await forever(
             lambda: database.save_windows([item.windows for item in items]),
             step=self.name,
             dependency="database",
         )
+        metrics.WINDOWS_LEFT_OUT.labels("foreign").inc(saved.foreign)
+        self._note(saved.steps)
+
+    def _note(self, steps: Sequence[Alert]) -> None:
         for step in steps:
             metrics.ALERT_STEPS.labels(step.state, step.condition.severity).inc()
         if steps:
@@ -286,11 +303,3 @@ def _is_storable(gpu: GpuWindow) -> bool:
     return all(0 <= number <= _MAX_INTEGER for number in (gpu.samples, *gpu.xids)) and all(
         1970 <= condition.since.year < 9999 for condition in gpu.conditions
     )
-
-
-def _key(delivered: Delivered, samples: Samples) -> str:
-    """Return what the record's GPUs share: its key, or the host where it has none that is text."""
-    try:
-        return (delivered.record.key or b"").decode().replace("\x00", "")[:255] or samples.host
-    except UnicodeDecodeError:
-        return samples.host

@@ -6,13 +6,16 @@ out of order opens, fires and resolves nothing twice.
 """
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 import msgspec
 
 from pipeline import telemetry
 from pipeline.telemetry import Alert, Condition, GpuWindow
+
+# After so long without its host's samples another host has the card.
+MOVED_AFTER = timedelta(minutes=10)
 
 State = Literal["pending", "firing", "resolved"]
 
@@ -64,6 +67,12 @@ class GpuAlerts:
                 # What an event after this window's end began is not for this window to end.
                 if row.state != "resolved" and row.alert_id not in listed and row.seen_at < end:
                     self._resolve(row, end)
+
+    def give_up(self, time: datetime) -> None:
+        """Resolve whatever is open: no window will."""
+        for row in list(self._rows.values()):
+            if row.state != "resolved":
+                self._resolve(row, max(time, row.seen_at))
 
     def _hold(self, alert_id: str, condition: Condition, gpu: GpuWindow, end: datetime) -> None:
         row = self._rows.get(alert_id)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from pipeline import logs
+from pipeline.alerting import MOVED_AFTER
 from pipeline.postgres import QUERIES, Pool
 from pipeline.telemetry import Gpu, Samples, Windows
 
@@ -18,8 +19,6 @@ log = logs.get(__name__)
 
 # How old `gpus.last_seen` may be: an update per GPU and sample would cost more than the samples.
 LAST_SEEN_INTERVAL = timedelta(seconds=30)
-# After so long another host has the card.
-MOVED_AFTER = timedelta(minutes=10)
 
 
 class Sighting(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +76,10 @@ class KnownGpus:
 
     async def _save(self, sightings: Sequence[Sighting]) -> None:
         others = [s for s in sightings if (k := self._known.get(s.gpu.gpu_uuid)) is None or k.host != s.host]
+        columns = [list(column) for column in zip(*map(_row, sightings), strict=True)]
         async with self._pool.transaction() as connection:
+            await connection.execute(QUERIES["add_gpus"], *columns)
+            await connection.execute(QUERIES["lock_known_gpus"], columns[0])
             conflicts = await connection.fetch(
                 QUERIES["gpu_conflicts"],
                 [s.gpu.gpu_uuid for s in others],
@@ -85,7 +87,6 @@ class KnownGpus:
                 [s.time for s in others],
                 MOVED_AFTER,
             )
-            columns = [list(column) for column in zip(*map(_row, sightings), strict=True)]
             await connection.execute(QUERIES["save_gpus"], *columns, MOVED_AFTER)
         if conflicts:
             log.warning(

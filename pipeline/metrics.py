@@ -110,6 +110,11 @@ WINDOWS_CLOSED = Counter(
     "Windows of a key that closed, by why: watermark, silence, pressure; event: an XID error.",
     ["cause"],
 )
+WINDOWS_LEFT_OUT = Counter(
+    "millrace_windows_left_out",
+    "Windows of a GPU that were not stored: of a GPU that is another host's (foreign), too old (expired).",
+    ["reason"],
+)
 WINDOW_SCORE_SECONDS = Histogram(
     "millrace_window_score_seconds", "Aggregating and scoring windows that close together.", buckets=_SECONDS
 )

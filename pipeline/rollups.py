@@ -10,10 +10,13 @@ nothing is known in between; a counter still counts for a day.
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from pipeline import dcgm
+from pipeline import dcgm, logs
 from pipeline.dcgm import Field
+from pipeline.errors import MillraceError
 from pipeline.partitions import GPU_HOURS, GPU_MINUTES, Partitioned, Partitions
 from pipeline.postgres import QUERIES, Connection, Pool
+
+log = logs.get(__name__)
 
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 # After a minute's end its last samples are still on their way: a publish interval of 10 s, and Kafka.
@@ -98,8 +101,17 @@ class Rollups:
         count = 0
         for step in ("minute", "hour"):
             for time in await self._due(step, now):
-                count += await self._compute(step, time)
+                count += await self._attempt(step, time)
         return count
+
+    async def _attempt(self, step: str, time: datetime) -> bool:
+        """Compute a minute or an hour; one that cannot be computed stays due and keeps no other waiting."""
+        try:
+            return await self._compute(step, time)
+        except MillraceError as error:
+            await self._pool.check()  # raises when no other would do better
+            log.warning("a roll-up is to be tried again", step=step, time=time, error=error.message)
+            return False
 
     async def _due(self, step: str, now: datetime) -> list[datetime]:
         if step == "minute":

@@ -19,10 +19,12 @@ from pipeline.rollups import Rollups
 from pipeline.sample_rows import SampleRows
 from pipeline.settings import Settings
 from pipeline.telemetry import Alert, Samples, Windows
-from pipeline.telemetry_writes import SavedSamples
+from pipeline.telemetry_writes import SavedSamples, SavedWindows
 
 # "outboxes" in ASCII: one process at a time publishes, so that the steps of an alert stay in order.
 _OUTBOX_LOCK = 0x6F7574626F786573
+# A machine that is down for a night or repaired in a day keeps its alerts.
+SILENT_HOURS = 24
 
 
 class TelemetryDatabase:
@@ -73,8 +75,8 @@ class TelemetryDatabase:
                 await telemetry_writes.mark_rollups(connection, rows.minutes)
             return saved
 
-    async def save_windows(self, batch: Sequence[Windows]) -> list[Alert]:
-        """Store windows and what follows for alerts in one transaction; return the steps that alerts made.
+    async def save_windows(self, batch: Sequence[Windows]) -> SavedWindows:
+        """Store windows and what follows for alerts in one transaction.
 
         Raises:
             StorageRefusedError, DependencyError: as `save_samples` does.
@@ -86,6 +88,18 @@ class TelemetryDatabase:
             )
             async with self.pool.transaction() as connection:
                 return await telemetry_writes.save_windows(connection, batch, gpu_ids)
+
+    async def resolve_silent(self, limit: int, now: datetime | None = None) -> list[Alert]:
+        """Resolve alerts of up to `limit` GPUs that no window came of for a day; return the steps that they made.
+
+        Call it every hour, and until it returns none: only hours in which it is called count, so that nothing is
+        resolved because `record` was away.
+        """
+        async with self.pool.transaction() as connection:
+            await connection.execute(QUERIES["note_silence"])
+            return await telemetry_writes.resolve_silent(
+                connection, SILENT_HOURS, limit, now or datetime.now(UTC)
+            )
 
     @contextlib.asynccontextmanager
     async def outbox(self, limit: int) -> AsyncIterator[list[Alert]]:

@@ -1,6 +1,6 @@
 """Writing GPU telemetry inside a transaction that the caller holds: samples by `COPY`, windows with alerts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
@@ -8,7 +8,7 @@ import asyncpg
 import msgspec
 
 from pipeline import sample_rows, telemetry
-from pipeline.alerting import AlertRow, GpuAlerts
+from pipeline.alerting import MOVED_AFTER, AlertRow, GpuAlerts
 from pipeline.errors import StorageRefusedError
 from pipeline.partitions import GPU_SAMPLES
 from pipeline.postgres import QUERIES, Connection
@@ -26,6 +26,15 @@ class SavedSamples(msgspec.Struct, frozen=True, kw_only=True):
     repeats: int = 0
     #: … with another value of a field; the first one stayed.
     conflicts: int = 0
+
+
+class SavedWindows(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a batch of windows."""
+
+    #: What alerts did, in order.
+    steps: Sequence[telemetry.Alert] = ()
+    #: Of a GPU that is another host's.
+    foreign: int = 0
 
 
 async def copy_samples(connection: Connection, rows: SampleRows) -> None:
@@ -101,16 +110,73 @@ async def mark_rollups(connection: Connection, minutes: Mapping[datetime, set[in
 
 async def save_windows(
     connection: Connection, batch: Sequence[Windows], gpu_ids: Mapping[str, int]
-) -> list[telemetry.Alert]:
-    """Store windows and take them into account, in order; return the steps that alerts made."""
-    gpus = [(windows, gpu) for windows in batch for gpu in windows.gpus]
+) -> SavedWindows:
+    """Store windows and take them into account, in order; those of a GPU that is another host's are left out."""
+    everything = [(windows, gpu) for windows in batch for gpu in windows.gpus]
+    owners = await _lock(connection, sorted({gpu_ids[gpu.gpu_uuid] for _, gpu in everything}))
+    gpus = [
+        (windows, gpu)
+        for windows, gpu in everything
+        if not _is_foreign(gpu, windows.end, owners[gpu_ids[gpu.gpu_uuid]])
+    ]
+    if not gpus:
+        return SavedWindows(foreign=len(everything))
     columns = [list(column) for column in zip(*[_window(w, gpu, gpu_ids) for w, gpu in gpus], strict=True)]
     await connection.execute(QUERIES["save_gpu_windows"], *columns)
-    states = await _alerts(connection, [gpu for _, gpu in gpus], gpu_ids)
+    reconciled = {gpu_ids[gpu.gpu_uuid]: owners[gpu_ids[gpu.gpu_uuid]]["reconciled"] for _, gpu in gpus}
+    named = [telemetry.alert_id(gpu.gpu_uuid, c.rule, c.since) for _, gpu in gpus for c in gpu.conditions]
+    states = await _alerts(connection, reconciled, named)
     for windows, gpu in gpus:
         states[gpu_ids[gpu.gpu_uuid]].apply(gpu, windows.start, windows.end)
-    await _save_alerts(connection, [row for state in states.values() for row in state.changed.values()])
-    steps = [step for state in states.values() for step in state.steps]
+    steps = await _save_steps(connection, states.values())
+    await connection.execute(
+        QUERIES["save_progress"], list(states), [state.reconciled for state in states.values()]
+    )
+    return SavedWindows(steps=steps, foreign=len(everything) - len(gpus))
+
+
+async def resolve_silent(
+    connection: Connection, hours: int, limit: int, now: datetime
+) -> list[telemetry.Alert]:
+    """Resolve the alerts of up to `limit` GPUs that had no window for so many hours; return the steps."""
+    locked = await connection.fetch(QUERIES["lock_silent_gpus"], hours, limit)
+    states = await _alerts(connection, {row["gpu_id"]: row["reconciled"] for row in locked}, [])
+    for state in states.values():
+        state.give_up(now)
+    return await _save_steps(connection, states.values())
+
+
+async def _lock(connection: Connection, gpu_ids: Sequence[int]) -> dict[int, asyncpg.Record]:
+    """Lock the GPUs' alerts; return up to where they follow windows, and whose the GPUs are."""
+    locked = await connection.fetch(QUERIES["lock_gpus"], gpu_ids)
+    if len(locked) < len(gpu_ids):
+        await connection.execute(QUERIES["begin_progress"], gpu_ids)
+        locked = await connection.fetch(QUERIES["lock_gpus"], gpu_ids)
+    return {row["gpu_id"]: row for row in locked}
+
+
+def _is_foreign(gpu: GpuWindow, end: datetime, owner: asyncpg.Record) -> bool:
+    # Two hosts that name one GPU have two streams of its windows: each would end the alerts of the other.
+    return bool(gpu.host != owner["host"] and end < owner["last_seen"] + MOVED_AFTER)
+
+
+async def _alerts(
+    connection: Connection, reconciled: Mapping[int, datetime], named: Sequence[str]
+) -> dict[int, GpuAlerts]:
+    """Return the alerts of GPUs that are locked, by GPU: those that are open and those that are named."""
+    known: dict[int, dict[str, AlertRow]] = {gpu_id: {} for gpu_id in reconciled}
+    for row in await connection.fetch(QUERIES["alerts_of_gpus"], list(reconciled), named):
+        known.setdefault(row["gpu_id"], {})[row["alert_id"]] = AlertRow(
+            **{**row, "condition": _condition_decoder.decode(row["condition"])}
+        )
+    return {gpu_id: GpuAlerts(gpu_id, time, known[gpu_id]) for gpu_id, time in reconciled.items()}
+
+
+async def _save_steps(connection: Connection, states: Iterable[GpuAlerts]) -> list[telemetry.Alert]:
+    """Store what became of alerts and queue their steps, which are returned."""
+    states = list(states)
+    await _save_alerts(connection, [row for state in states for row in state.changed.values()])
+    steps = [step for state in states for step in state.steps]
     if steps:
         await connection.execute(
             QUERIES["save_outbox"],
@@ -118,30 +184,7 @@ async def save_windows(
             [step.state for step in steps],
             [telemetry.encode_alert(step).value for step in steps],
         )
-    await connection.execute(
-        QUERIES["save_progress"], list(states), [state.reconciled for state in states.values()]
-    )
     return steps
-
-
-async def _alerts(
-    connection: Connection, gpus: Sequence[GpuWindow], gpu_ids: Mapping[str, int]
-) -> dict[int, GpuAlerts]:
-    """Lock the GPUs' alerts and return them by GPU."""
-    ids = sorted({gpu_ids[gpu.gpu_uuid] for gpu in gpus})
-    locked = await connection.fetch(QUERIES["lock_gpus"], ids)
-    if len(locked) < len(ids):
-        await connection.execute(QUERIES["begin_progress"], ids)
-        locked = await connection.fetch(QUERIES["lock_gpus"], ids)
-    named = [telemetry.alert_id(gpu.gpu_uuid, c.rule, c.since) for gpu in gpus for c in gpu.conditions]
-    known: dict[int, dict[str, AlertRow]] = {gpu_id: {} for gpu_id in ids}
-    for row in await connection.fetch(QUERIES["alerts_of_gpus"], ids, named):
-        known.setdefault(row["gpu_id"], {})[row["alert_id"]] = AlertRow(
-            **{**row, "condition": _condition_decoder.decode(row["condition"])}
-        )
-    return {
-        row["gpu_id"]: GpuAlerts(row["gpu_id"], row["reconciled"], known[row["gpu_id"]]) for row in locked
-    }
 
 
 async def _save_alerts(connection: Connection, rows: Sequence[AlertRow]) -> None:

@@ -14,6 +14,9 @@ OLD_WINDOW = (
 )
 
 
+EXPIRED_WINDOW = OLD_WINDOW.replace(b"1970", b"2020")
+
+
 async def test_record_killed_again_and_again_keeps_everything_once(spine: Spine) -> None:
     """SIGKILL of two workers under load, at any moment: each sample once, each alert's steps once and in order."""
     fleet = Fleet(spine, "kill")
@@ -40,7 +43,10 @@ async def test_record_killed_again_and_again_keeps_everything_once(spine: Spine)
 
 
 async def test_bad_records_stop_nothing(spine: Spine) -> None:
-    """Garbage among samples and windows becomes dead letters of `record`, and its neighbours are kept."""
+    """Garbage among samples and windows becomes dead letters of `record`, and its neighbours are kept.
+
+    A window of a replay of years ago is no garbage, nor is a key that cannot be shown.
+    """
     fleet = Fleet(spine, "bad", hosts=1)
     bad = {
         GPU_SAMPLES.name: [
@@ -57,13 +63,17 @@ async def test_bad_records_stop_nothing(spine: Spine) -> None:
     }
     for topic, values in bad.items():
         for value in values:
-            await fleet.tick()
+            await fleet.tick(key="node\r")
             await spine.publisher.publish_forever(
                 spine.settings.topic(topic), Outgoing(b"bad-0", value, ()), step="test"
             )
         await fleet.close_window()
+    await spine.publisher.publish_forever(
+        spine.settings.topic(GPU_WINDOWS.name), Outgoing(b"a", EXPIRED_WINDOW, ()), step="test"
+    )
     await spine.start("record", "store")
     await fleet.settled()
+    assert await fleet.peer_keys() == {"node\ufffd"}
     await spine.wait_caught_up("store")
     letters = await spine.database.dead_letters(group=spine.settings.group("record"))
     assert sorted(stored.letter.code for stored in letters) == ["contract"] * 7

@@ -116,6 +116,17 @@ async def test_a_late_sample_corrects_the_minute_after(db: TelemetryDatabase) ->
             assert one[3:] == pytest.approx(other[3:])
 
 
+async def test_a_minute_that_fails_keeps_no_other_waiting(db: TelemetryDatabase) -> None:
+    """A minute that the database refuses stays due, and those after it are computed."""
+    await store(db, sample(0), sample(60), sample(200))
+    async with db.pool.transaction() as connection:
+        await connection.execute(f"ALTER TABLE gpu_minutes ADD CHECK (time <> '{START + 60 * SECOND}')")
+    assert await rolled(db, "gpu_minutes", "time") == [(START,), (START + 180 * SECOND,)]
+    async with db.pool.transaction() as connection:
+        due = await connection.fetch("SELECT time FROM gpu_rollups_due WHERE step = 'minute'")
+    assert [row["time"] for row in due] == [START + 60 * SECOND]
+
+
 async def test_a_minute_that_is_not_over_waits(db: TelemetryDatabase) -> None:
     """A minute is computed once it is over, an hour some minutes after the first of its minutes."""
     await store(db, sample(0, power_watts=100))

@@ -11,12 +11,13 @@ import pytest
 
 from pipeline import dcgm, examples, telemetry_retention
 from pipeline.errors import StorageRefusedError
+from pipeline.known_gpus import KnownGpus
 from pipeline.partitions import GPU_SAMPLES, GPU_WINDOWS
 from pipeline.settings import load
 from pipeline.telemetry import Condition, Gpu, GpuWindow, Sample, Samples, Windows
-from pipeline.telemetry_database import TelemetryDatabase
+from pipeline.telemetry_database import SILENT_HOURS, TelemetryDatabase
 from pipeline.telemetry_retention import RemovedTelemetry
-from pipeline.telemetry_writes import SavedSamples
+from pipeline.telemetry_writes import SavedSamples, SavedWindows
 
 START = datetime(2026, 1, 31, 23, 59, 50, tzinfo=UTC)
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
@@ -153,6 +154,14 @@ async def test_a_uuid_on_two_hosts(db: TelemetryDatabase) -> None:
     assert await fetch(db, "SELECT count(*) FROM gpu_samples") == [(22,)]
 
 
+async def test_a_gpu_takes_one_number(database: str, db: TelemetryDatabase) -> None:
+    """Bringing a GPU up to date takes no number of the sequence, which two hosts or processes would use up."""
+    for seconds in range(0, 1000, 50):
+        await db.gpus.identify(batch(sample(seconds=seconds)))
+        await KnownGpus(db.pool).identify(batch(sample(seconds=seconds)))
+    assert await db.gpus.identify(batch(sample("GPU-2"), sample("GPU-1", 1000))) == {"GPU-1": 1, "GPU-2": 2}
+
+
 async def test_what_the_database_refuses_is_named(db: TelemetryDatabase) -> None:
     """A number that no column takes is the data's fault, and nothing of its batch is stored."""
     with pytest.raises(StorageRefusedError):
@@ -160,10 +169,18 @@ async def test_what_the_database_refuses_is_named(db: TelemetryDatabase) -> None
     assert await fetch(db, "SELECT count(*) FROM gpu_samples") == [(0,)]
 
 
-def closed(minute: int, *conditions: Condition, length: int = 1, uuid: str = "GPU-1") -> Windows:
+async def test_what_the_driver_refuses_is_named(db: TelemetryDatabase) -> None:
+    """An argument that the driver itself refuses is the data's fault too, and not tried again for ever."""
+    with pytest.raises(StorageRefusedError):
+        await db.pool.rows("gpu_ids", 37.5)
+
+
+def closed(
+    minute: int, *conditions: Condition, length: int = 1, uuid: str = "GPU-1", host: str = "node-1"
+) -> Windows:
     start = START + minute * MINUTE
-    gpu = GpuWindow(gpu_uuid=uuid, host="node-1", model="H100", samples=6, conditions=conditions, xids=(79,))
-    return Windows(key="node-1", start=start, end=start + length * MINUTE, gpus=(gpu,), rules_version="1")
+    gpu = GpuWindow(gpu_uuid=uuid, host=host, model="H100", samples=6, conditions=conditions, xids=(79,))
+    return Windows(key=host, start=start, end=start + length * MINUTE, gpus=(gpu,), rules_version="1")
 
 
 def condition(state: Any, rule: str = "hot") -> Condition:
@@ -190,8 +207,10 @@ async def test_windows_and_the_life_of_an_alert(db: TelemetryDatabase) -> None:
 
 async def test_all_of_a_batch_of_windows_or_nothing(db: TelemetryDatabase) -> None:
     """Windows that follow each other in one batch make the steps they would make alone."""
-    made = await db.save_windows([closed(0, condition("pending")), closed(1, condition("firing")), closed(2)])
-    assert [step.state for step in made] == ["pending", "firing", "resolved"]
+    saved = await db.save_windows(
+        [closed(0, condition("pending")), closed(1, condition("firing")), closed(2)]
+    )
+    assert [step.state for step in saved.steps] == ["pending", "firing", "resolved"]
     bad = closed(3, condition("firing", "new"))
     bad = msgspec.structs.replace(bad, gpus=(msgspec.structs.replace(bad.gpus[0], xids=(2**40,)),))
     with pytest.raises(StorageRefusedError):
@@ -210,11 +229,45 @@ async def test_writers_of_the_same_windows(database: str, db: TelemetryDatabase)
     try:
         for windows in story:
             made = await asyncio.gather(db.save_windows(windows), other.save_windows(windows[::-1]))
-            assert sorted(len(steps) for steps in made) == [0, 6]
+            assert sorted(len(saved.steps) for saved in made) == [0, 6]
     finally:
         await other.close()
     async with db.outbox(100) as steps:
         assert len(steps) == len({(step.id, step.state) for step in steps}) == 18
+
+
+async def test_windows_of_another_host(db: TelemetryDatabase) -> None:
+    """Of two hosts that name one GPU the first one's windows count, until it is silent."""
+    await db.save_samples(batch(sample(seconds=600)))
+    await db.save_windows([closed(0, condition("firing"))])
+    assert await db.save_windows([closed(1, host="node-2"), closed(18, host="node-2")]) == SavedWindows(
+        foreign=2
+    )
+    assert await fetch(db, "SELECT state FROM gpu_alerts") == [("firing",)]
+    assert await fetch(db, "SELECT count(*) FROM gpu_windows") == [(1,)]
+    (step,) = (await db.save_windows([closed(20, host="node-2")])).steps
+    assert step.state == "resolved"
+
+
+async def test_alerts_of_gpus_that_are_gone(db: TelemetryDatabase) -> None:
+    """Alerts of a GPU that no window came of for a day of hours are resolved once; those of the others stay."""
+    for uuid in ("GPU-1", "GPU-2"):
+        await db.save_windows([closed(0, condition("firing"), uuid=uuid)])
+    gone = "UPDATE gpu_progress SET touched_at = touched_at - interval '61 minutes' RETURNING silent_hours"
+    now = START + timedelta(days=2)
+    for hour in range(SILENT_HOURS - 1):
+        assert sorted(await fetch(db, gone)) == [(0,), (hour,)]
+        assert await db.resolve_silent(10, now) == []
+        # Asked again at once, by a process that began or by another replica, it counts no other hour.
+        assert await db.resolve_silent(10, now) == []
+        await db.save_windows([closed(hour + 1, condition("firing"), uuid="GPU-2")])
+    await fetch(db, gone)
+    steps = await db.resolve_silent(10, now)
+    assert [(step.gpu_uuid, step.state, step.time) for step in steps] == [("GPU-1", "resolved", now)]
+    assert await db.resolve_silent(10, now) == []
+    assert await fetch(db, "SELECT gpu_uuid FROM gpu_alerts WHERE state = 'firing'") == [("GPU-2",)]
+    async with db.outbox(10) as queued:
+        assert [step.state for step in queued] == ["firing", "firing", "resolved"]
 
 
 async def test_steps_stay_queued_until_they_are_published(database: str, db: TelemetryDatabase) -> None:

@@ -38,13 +38,13 @@ class Fleet:
         self.samples: dict[tuple[str, datetime], tuple[float, ...]] = {}
         self.steps: Counter[tuple[str, str]] = Counter()
 
-    async def tick(self, count: int = 1) -> None:
+    async def tick(self, count: int = 1, *, key: str | None = None) -> None:
         """Send one record per host, so many times, with a second in between on the fleet's own clock."""
         for _ in range(count):
             time = self._start + self._ticks * SECOND
             self._ticks += 1
             await asyncio.gather(
-                *(self._send_samples(host, uuids, time) for host, uuids in self._hosts.items())
+                *(self._send_samples(host, uuids, time, key) for host, uuids in self._hosts.items())
             )
 
     async def close_window(self) -> None:
@@ -65,18 +65,22 @@ class Fleet:
                 self.steps[telemetry.alert_id(uuid, "hot", since), state or "resolved"] += 1
             await self._publish(GPU_WINDOWS.name, telemetry.encode_windows(windows))
 
-    async def _send_samples(self, host: str, uuids: list[str], time: datetime) -> None:
+    async def _send_samples(self, host: str, uuids: list[str], time: datetime, key: str | None) -> None:
         samples = []
         for number, uuid in enumerate(uuids):
             values = (40.0 + number, 300.0 + time.second, float(time.minute))
             self.samples[uuid, time] = values
             samples.append(Sample(gpu_uuid=uuid, time=time, values=dict(zip(FIELDS, values, strict=True))))
         await self._publish(
-            GPU_SAMPLES.name, telemetry.encode_samples(Samples(host=host, samples=tuple(samples)))
+            GPU_SAMPLES.name, telemetry.encode_samples(Samples(host=host, samples=tuple(samples)), key)
         )
 
     async def _publish(self, topic: str, outgoing: Any) -> None:
         await self._spine.publisher.publish_forever(self._spine.settings.topic(topic), outgoing, step="test")
+
+    async def peer_keys(self) -> set[str]:
+        """Return by which keys the GPUs are stored."""
+        return {row["peer_key"] for row in await self._fetch("SELECT peer_key FROM gpus")}
 
     async def wait_stored(self, count: int, timeout_seconds: float = 60.0) -> None:
         """Wait until so many samples are stored."""
