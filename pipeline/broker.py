@@ -7,7 +7,7 @@ error the caller sees.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ class _Connection:
         self.producer = producer
         self.credentials = credentials
         self.topics: set[str] = set()
-        #: Sent and not yet acknowledged; cancelled when this producer will never send them.
+        #: Sent and not yet acknowledged, or about to be; cancelled when this producer will never send them.
         self.unacknowledged: set[asyncio.Future[Any]] = set()
 
     async def require(self, topic: str) -> None:
@@ -115,6 +115,22 @@ class _Connection:
             f"topic {topic} does not exist or may not be seen: run `millrace topics apply`, "
             f"check {PREFIX}TOPIC_PREFIX"
         )
+
+    async def unless_closed(
+        self, sending: "Coroutine[Any, Any, asyncio.Future[Any]]"
+    ) -> "asyncio.Future[Any] | None":
+        """Hand a record over when the topic's metadata has to come first; None if this producer is closed before.
+
+        A closed aiokafka client never says that the metadata will not come.
+        """
+        task = asyncio.ensure_future(sending)
+        self.unacknowledged.add(task)
+        task.add_done_callback(self.unacknowledged.discard)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        return None if task.cancelled() else task.result()
 
     async def close(self, seconds: float) -> None:
         """Flush for at most `seconds`, then drop what is left and release everything."""
@@ -269,15 +285,19 @@ class Publisher:
         timestamp_ms = time.time_ns() // 1_000_000
         # aiokafka refuses a record without key and value; an empty value reads the same to every step.
         value = b"" if outgoing.key is None and outgoing.value is None else outgoing.value
+        sending = connection.producer.send(
+            topic,
+            value,
+            outgoing.key,
+            partition,
+            timestamp_ms=timestamp_ms,
+            headers=list(outgoing.headers),
+        )
         try:
-            future = await connection.producer.send(
-                topic,
-                value,
-                outgoing.key,
-                partition,
-                timestamp_ms=timestamp_ms,
-                headers=list(outgoing.headers),
-            )
+            if connection.producer.client.cluster.partitions_for_topic(topic) is not None:
+                future = await sending
+            elif (future := await connection.unless_closed(sending)) is None:
+                return None
         except MessageSizeTooLargeError:
             raise RecordTooLargeError(
                 f"the record has {size:,} bytes, no topic takes more than {MAX_REQUEST_BYTES:,}"

@@ -186,6 +186,26 @@ async def test_a_dead_producer_is_replaced(settings: Settings) -> None:
     await reader.stop()
 
 
+async def test_a_record_that_waits_for_metadata_outlives_its_producer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record whose producer is given up before the topic's metadata has come is sent by the next one."""
+    topic = settings.topic(PLAIN.name)
+    async with publishing(settings) as publisher:
+        await publisher.publish(topic, outgoing(b"first"))
+        first = publisher._connection
+        assert first is not None
+        client = first.producer.client
+        never = asyncio.get_running_loop().create_future()
+        monkeypatch.setattr(client.cluster, "partitions_for_topic", lambda _: None)
+        monkeypatch.setattr(client, "force_metadata_update", lambda: never)
+        waiting = asyncio.ensure_future(publisher.publish(topic, outgoing(b"second")))
+        await eventually(lambda: bool(first.unacknowledged), 5)
+        publisher._give_up(first, seconds=0.0)
+        assert (await asyncio.wait_for(waiting, 20)).topic == topic
+        assert publisher._connection is not first
+
+
 async def test_live_reader_starts_where_it_is_told(settings: Settings) -> None:
     """`latest` sees what comes after start(), `earliest` everything, a timestamp what is younger."""
     topic = settings.topic(PLAIN.name)
