@@ -14,16 +14,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from pipeline import dcgm
+from pipeline import dcgm, telemetry_samples
 from pipeline.errors import ContractError
 from pipeline.events import Outgoing, Record
+from pipeline.telemetry_samples import FAULTS, Moment
+from pipeline.telemetry_samples import MAX_SAMPLES as MAX_SAMPLES
+from pipeline.telemetry_samples import Gpu as Gpu
+from pipeline.telemetry_samples import GpuUuid as GpuUuid
+from pipeline.telemetry_samples import Name as Name
+from pipeline.telemetry_samples import Sample as Sample
+from pipeline.telemetry_samples import Samples as Samples
+from pipeline.telemetry_samples import Why as Why
 
 SAMPLES_TYPE = "millrace.gpu.samples.v1"
 WINDOWS_TYPE = "millrace.gpu.windows.v1"
 ALERT_TYPE = "millrace.gpu.alert.v1"
 
-# A record of `gpu.samples.v1`; about 1,000 GPUs of a cluster's shared key, with room.
-MAX_SAMPLES = 10_000
 # What a name that DCGM does not know may look like: a label and a query parameter at once.
 _FIELD_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:.]{0,127}")
 MAX_UNKNOWN_FIELDS = 64
@@ -33,66 +39,9 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_AHEAD = timedelta(minutes=5)
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 
-Moment = Annotated[datetime, msgspec.Meta(tz=True)]
-# Printable and without spaces; NVIDIA's are GPU-<uuid> and MIG-<uuid>.
-GpuUuid = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}$")]
 AlertId = GpuUuid
-# No control characters: shown in terminals, and PostgreSQL has no U+0000.
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Text = Annotated[str, msgspec.Meta(max_length=1000, pattern=r"^[^\x00]*$")]
 Severity = Literal["info", "warning", "critical"]
-Why = Literal["malformed", "ahead", "ancient", "blank", "below_minimum", "above_maximum"]
-
-
-class Gpu(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a GPU is; its UUID is its identity, index and device name are not stable."""
-
-    gpu_uuid: GpuUuid
-    index: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
-    model: Name | None = None
-    #: `nvidia0`, or the MIG profile.
-    device: Name | None = None
-    pci_bus_id: Name | None = None
-    #: Of a MIG instance: the GPU that it is a part of.
-    parent_uuid: GpuUuid | None = None
-    driver_version: Name | None = None
-    #: Who uses it: container, pod, namespace, job.
-    labels: dict[Name, Name] = {}
-
-
-class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One GPU at one moment."""
-
-    gpu_uuid: GpuUuid
-    time: Moment
-    #: By field name, in DCGM's units.
-    values: dict[str, float] = {}
-    #: XID errors that were reported at this moment, in order.
-    xids: tuple[Annotated[int, msgspec.Meta(ge=0, le=100_000)], ...] = ()
-    #: `lost`: the driver no longer answers for this GPU.
-    state: Literal["ok", "lost"] = "ok"
-    #: Of a replay: when the source says that this was.
-    source_time: Moment | None = None
-
-
-class Samples(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The samples of one host over one publish interval: value of `gpu.samples.v1`."""
-
-    host: Name
-    samples: Annotated[tuple[Sample, ...], msgspec.Meta(min_length=1, max_length=MAX_SAMPLES)]
-    #: What is known of the GPUs; a publisher repeats it now and then, not in every record.
-    gpus: Annotated[tuple[Gpu, ...], msgspec.Meta(max_length=MAX_SAMPLES)] = ()
-    #: nvml, dcgm-exporter, replay, simulate or whoever publishes.
-    source: Name = "unknown"
-
-
-class _Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """`Samples` of which some part is bad."""
-
-    host: Name
-    samples: Annotated[list[msgspec.Raw], msgspec.Meta(min_length=1, max_length=MAX_SAMPLES)]
-    gpus: list[msgspec.Raw] = []
-    source: Name = "unknown"
 
 
 class Aggregate(msgspec.Struct, frozen=True, array_like=True):
@@ -198,13 +147,8 @@ Judged = tuple[Samples, Mapping[Why, int]]
 Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.json.Encoder()
-_samples_decoder = msgspec.json.Decoder(Samples)
-_envelope_decoder = msgspec.json.Decoder(_Envelope)
-_sample_decoder = msgspec.json.Decoder(Sample)
-_gpu_decoder = msgspec.json.Decoder(Gpu)
 _windows_decoder = msgspec.json.Decoder(Windows)
 _alert_decoder = msgspec.json.Decoder(Alert)
-_FAULTS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def alert_id(gpu_uuid: str, rule: str, since: datetime) -> str:
@@ -251,10 +195,7 @@ def decode_samples(record: Record) -> Judged:
     """
     _check_type(record, SAMPLES_TYPE)
     dropped: Counter[Why] = Counter()
-    try:
-        samples = _samples_decoder.decode(record.value or b"")
-    except _FAULTS as error:
-        samples = _piecewise(record.value or b"", error, dropped)
+    samples = telemetry_samples.read(record.value or b"", dropped)
     latest = record.published_at + MAX_AHEAD
     kept = []
     for sample in samples.samples:
@@ -285,29 +226,6 @@ def decode_alert(record: Record) -> Alert:
         ContractError: another type, or not an alert.
     """
     return _decode(record, ALERT_TYPE, _alert_decoder, "an alert")
-
-
-def _piecewise(value: bytes, first: Exception, dropped: "Counter[Why]") -> Samples:
-    """Read each sample alone and leave out the bad ones."""
-    try:
-        envelope = _envelope_decoder.decode(value)
-    except _FAULTS as error:
-        raise ContractError(f"not samples: {error}") from error
-    samples, gpus = [], []
-    for raw in envelope.samples:
-        try:
-            samples.append(_sample_decoder.decode(raw))
-        except _FAULTS as error:
-            first = error
-            dropped["malformed"] += 1
-    for raw in envelope.gpus[:MAX_SAMPLES]:
-        try:
-            gpus.append(_gpu_decoder.decode(raw))
-        except _FAULTS:
-            dropped["malformed"] += 1
-    if not samples:
-        raise ContractError(f"no sample can be used: {first}") from first
-    return Samples(host=envelope.host, source=envelope.source, samples=tuple(samples), gpus=tuple(gpus))
 
 
 def _named(sample: Sample, dropped: "Counter[Why]") -> Sample:
@@ -352,7 +270,7 @@ def _decode(record: Record, event_type: str, decoder: "msgspec.json.Decoder[Deco
     _check_type(record, event_type)
     try:
         return decoder.decode(record.value or b"")
-    except _FAULTS as error:
+    except FAULTS as error:
         raise ContractError(f"not {what}: {error}") from error
 
 

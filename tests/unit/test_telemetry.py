@@ -1,5 +1,6 @@
 """The contracts of GPU telemetry: bytes are samples or a ContractError; what cannot be is left out and counted."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -103,12 +104,76 @@ def test_a_bad_sample_does_not_harm_its_neighbours() -> None:
     }  # fmt: skip
 
 
+def test_a_bad_value_does_not_harm_its_sample() -> None:
+    """A null is blank, what is no number is malformed; the other values, the XIDs and the state stay."""
+    values: dict[str, Any] = {
+        "temperature_celsius": 61,
+        "power_watts": None,
+        "sm_clock_mhz": "1980",
+        "fan_speed_percent": {},
+    }
+    found, dropped = telemetry.decode_samples(
+        record(samples(sample(values=values, xids=[79, None, "31"], state="lost"), sample(values=None)))
+    )
+    assert [each.values for each in found.samples] == [{"temperature_celsius": 61.0}, {}]
+    assert (found.samples[0].xids, found.samples[0].state) == ((79,), "lost")
+    assert dropped == {"blank": 2, "malformed": 3}
+
+
+def test_too_many_xids_are_cut() -> None:
+    """A moment has so many XIDs: each becomes a condition, and one small record must not fill a large one."""
+    codes = list(range(1, 1001))
+    found, dropped = telemetry.decode_samples(record(samples(sample(xids=codes))))
+    assert found.samples[0].xids == tuple(codes[:64])
+    assert found.samples[0].values == {"temperature_celsius": 50.0}
+    assert dropped == {"malformed": 936}
+
+
+def test_a_bad_part_does_not_harm_a_description() -> None:
+    """Empty labels are dropped, a number in text is one, and what cannot be is left out alone."""
+    labels = {"pod": "", "namespace": "ml", "": "x", "job": 7}
+    gpus = [
+        {"gpu_uuid": "GPU-1", "index": "0", "model": "", "labels": labels},
+        {"gpu_uuid": "GPU-2", "index": "first", "model": "H100", "labels": None, "acme": 1},
+        {"gpu_uuid": "GPU-3", "labels": []},
+        {"model": "H100"},
+    ]
+    found, dropped = telemetry.decode_samples(record(samples(sample()) | {"gpus": gpus, "source": ""}))
+    assert found.gpus == (
+        telemetry.Gpu(gpu_uuid="GPU-1", index=0, labels={"namespace": "ml"}),
+        telemetry.Gpu(gpu_uuid="GPU-2", model="H100"),
+        telemetry.Gpu(gpu_uuid="GPU-3"),
+    )
+    assert dropped == {"malformed": 5}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+PARTS = st.sampled_from(["index", "model", "labels", "driver_version", "parent_uuid"])
+
+
+@given(
+    JSON | st.dictionaries(st.text() | st.sampled_from(sorted(dcgm.BY_NAME)), JSON),
+    JSON,
+    st.dictionaries(PARTS, JSON | st.dictionaries(st.text(), JSON, max_size=3)),
+)
+def test_what_is_left_of_bad_parts_is_good(values: Any, xids: Any, gpu: Any) -> None:
+    """Whatever JSON stands for a part, what is read meets the contract: written again, nothing is left out."""
+    value = samples(sample(), sample(values=values, xids=xids)) | {"gpus": [{"gpu_uuid": "GPU-1"} | gpu]}
+    found, _ = telemetry.decode_samples(record(json.dumps(value, default=str).encode("utf-8", "replace")))
+    assert telemetry.decode_samples(record(telemetry.encode_samples(found).value)) == (found, {})
+
+
 @pytest.mark.parametrize(
     "value",
     [
         b"", b"42", b"null", b"{}", b"[1]", b"\xff\xfe", b'{"host":"a","samples":[]}',
         samples({"gpu_uuid": "GPU-1"}), samples(sample(time="2026-01-31T12:00:00")),
-        {"host": "", "samples": [sample()]}, samples(sample(time=NOW + timedelta(days=1))), b"[" * 100_000,
+        {"host": "", "samples": [sample()]}, {"host": "node-1\n", "samples": [sample()]},
+        samples(sample(gpu_uuid="GPU-1\n")), samples(sample(time=NOW + timedelta(days=1))), b"[" * 100_000,
     ],
 )  # fmt: skip
 def test_what_is_no_samples_is_refused(value: Any) -> None:
