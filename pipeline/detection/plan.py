@@ -15,6 +15,8 @@ from pipeline import dcgm
 from pipeline.detection.rules import DERIVED, Clause, Rule, RuleBook
 
 MICROSECONDS = 1_000_000
+#: The clock events with which a GPU itself says that it is too hot.
+THERMAL = sum(dcgm.CLOCK_EVENTS[name] for name in ("hw_slowdown", "sw_thermal", "hw_thermal"))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -54,7 +56,8 @@ class Plan:
         self.counter = {name: number for number, name in enumerate(self.counters)}
         #: Carried from window to window: counters, and the last XID, of which a change is an event.
         self.carried = (*self.counters, "last_xid")
-        self.masks = tuple(dict.fromkeys(clause.mask for clause in clauses if clause.bits))
+        masks = [clause.mask for clause in clauses if clause.bits]
+        self.masks = tuple(dict.fromkeys([*masks, THERMAL]))
         self.compared = tuple(book.comparison.floors)
         self.compare = {name: number for number, name in enumerate(self.compared)}
         floors = book.comparison.floors.values()

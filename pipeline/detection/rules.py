@@ -24,7 +24,10 @@ NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 #: What is made of fields, by name: unit and meaning. `score.py` computes them.
 DERIVED: dict[str, tuple[str, str]] = {
-    "thermal_margin_celsius": ("C", "degrees left to slowdown: the margin, else slowdown less temperature"),
+    "thermal_margin_celsius": (
+        "C",
+        "degrees left to slowdown: the margin (0 or less: if clocks agree), else slowdown less temperature",
+    ),
     "memory_used_ratio": ("", "used memory of all memory"),
     "power_ratio": ("", "power of the enforced limit"),
     "memory_trend": (

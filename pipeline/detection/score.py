@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.detection import peers
 from pipeline.detection.aggregates import Aggregates
-from pipeline.detection.plan import MICROSECONDS, Plan
+from pipeline.detection.plan import MICROSECONDS, THERMAL, Plan
 from pipeline.detection.rules import Clause, Rule
 
 Tensor = torch.Tensor
@@ -154,8 +154,6 @@ class _Pass:
 
     def _derive(self) -> dict[str, Tensor]:
         """Compute what `rules.DERIVED` names, each (N,)."""
-        margin = self._field("temperature_margin_celsius")
-        room = self._field("slowdown_temperature_celsius") - self._field("temperature_celsius")
         used, free = self._field("memory_used_mebibytes"), self._field("memory_free_mebibytes")
         total = self._field("memory_total_mebibytes")
         total = torch.where(
@@ -171,7 +169,7 @@ class _Pass:
         utilization = self.plan.compare.get("utilization_percent")
         nothing = torch.full_like(used, torch.nan)
         return {
-            "thermal_margin_celsius": torch.where(margin.isnan(), room, margin),
+            "thermal_margin_celsius": self._thermal_margin(),
             "memory_used_ratio": used / total,
             "power_ratio": self._field("power_watts") / self._field("power_limit_watts"),
             "busy_percent": busy,
@@ -186,6 +184,16 @@ class _Pass:
             "model_score": self.model,
             "lost": self.lost,
         }
+
+    def _thermal_margin(self) -> Tensor:
+        """Return the margin, else what is left to slowdown.
+
+        A margin of 0 or less is what some drivers say when they do not know; a GPU that is so hot slows down.
+        """
+        margin = self._field("temperature_margin_celsius")
+        room = self._field("slowdown_temperature_celsius") - self._field("temperature_celsius")
+        slows = self.share[:, self.plan.masks.index(THERMAL)] > 0
+        return torch.where((margin > 0) | ((margin <= 0) & slows), margin, room)
 
     def _alike(self, used: Tensor, total: Tensor) -> Tensor:
         """Tell GPUs that seem to share a job with most of their peers: such jobs need as much memory everywhere."""

@@ -81,6 +81,25 @@ def test_a_fault_raises_its_rule_on_its_gpu_alone(fault: Fault, rule: str, minut
     assert found[uuid(3)][rule] == minute
 
 
+@pytest.mark.parametrize(
+    ("values", "rules"),
+    [
+        ({}, set()),
+        ({"slowdown_temperature_celsius": 90.0}, set()),
+        ({"slowdown_temperature_celsius": 57.0, "temperature_celsius": 56.0}, {"thermal_margin"}),
+        ({"clock_event_reasons": 32.0}, {"thermal_margin", "clock_throttle"}),
+        # Slow for its power limit, which says nothing of heat.
+        ({"clock_event_reasons": 4.0}, set()),
+        ({"temperature_celsius": 92.0}, {"temperature", "temperature_peers"}),
+    ],
+)
+def test_no_margin_is_believed_of_a_gpu_that_slows_down(values: Mapping[str, float], rules: set[str]) -> None:
+    """A margin of 0 or less alone is a reading that cannot be trusted: the temperature is asked, or the clocks."""
+    for margin in (0.0, -40.0):
+        found = rules_of(faulty(0, {"temperature_margin_celsius": margin, **values}), minutes=5)
+        assert found.get(uuid(3), {}).keys() == rules
+
+
 def test_a_healthy_host_raises_nothing() -> None:
     """With noise and harmless clock events no condition holds, not even a pending one."""
     bits = [0x1, 0x2, 0x4, 0x100]
