@@ -178,7 +178,12 @@ class Sender:
             address, keys = await asyncio.to_thread(lambda: (receiver.address(), receiver.secrets()))
         except ConfigurationError as error:
             return Answer(0, error.message)
-        payload = messages.body(receiver, message, now)
+        try:
+            payload = messages.body(receiver, message, now)
+        except Exception as error:
+            # It is the message, and the next time it is no better; others wait behind it.
+            log.exception("a message cannot be written", receiver=receiver.name, message=message.id)
+            return Answer(HTTPStatus.UNPROCESSABLE_ENTITY, f"cannot be written ({type(error).__name__})")
         try:
             async with (
                 asyncio.timeout(receiver.timeout_seconds),

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import aiohttp
@@ -175,6 +175,21 @@ async def test_what_is_too_old_is_given_up(pool: Pool) -> None:
     await save(pool, to, FIRING, RESOLVED, published_at=old)
     assert await drained(pool, to) == []
     assert await statuses(pool) == {"firing": "failed", "resolved": "skipped"}
+
+
+async def test_what_cannot_be_written_is_given_up(pool: Pool) -> None:
+    """An alert of which no message can be made is tried like one that is refused, and others are told."""
+    dawn = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))
+    async with receiving() as server, sending(pool, server, kind="slack") as to:
+        await save(pool, to, alert(2, since=dawn))
+        await eventually(lambda: _is_failed(pool, alert(2)), 20.0)
+        await save(pool, to, alert(3))
+        await eventually(lambda: len(server.taken) == 1, 10.0)
+    assert len(server.requests) == 1
+
+
+async def _is_failed(pool: Pool, one: Alert) -> bool:
+    return await statuses(pool, one) == {"firing": "failed"}
 
 
 async def test_silences(pool: Pool) -> None:
