@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline import dcgm
 from pipeline.errors import ContractError
 from pipeline.telemetry import Gpu, Sample, Why
+from pipeline.telemetry_samples import MAX_XIDS, fitting
 
 # Before and since dcgm-exporter 4.5 (#655), and of the metrics of NVLink.
 _UUID = ("UUID", "uuid", "gpu_uuid", "Uuid")
@@ -34,8 +35,6 @@ _KNOWN = frozenset(
     | {"err_code", "err_msg", "window_size_in_ms", "instance", "job_name"}
 )
 _MAX_LABEL = 255
-# Of one code between two scrapes; a count that jumped by more says no more than this many do.
-_MAX_XIDS = 100
 
 # What the parser raises.
 _UNREADABLE = (ValueError, KeyError, IndexError, OverflowError)
@@ -94,7 +93,7 @@ def parse(
             if code.isdecimal() and math.isfinite(value):
                 xids[at, uuid, int(code)] = int(value)
                 before = value if xids_before is None else xids_before.get((at, uuid, int(code)), 0)
-                gpu.xids += [int(code)] * min(_MAX_XIDS, max(0, int(value - before)))
+                gpu.xids += [int(code)] * min(MAX_XIDS, max(0, int(value - before)))
         elif not math.isfinite(value):
             dropped["blank"] += 1
         else:
@@ -124,7 +123,7 @@ def _by_host(
             else:
                 dropped[reason] += 1
         scraped = hosts.setdefault(host, Scraped(host))
-        scraped.samples.append(Sample(gpu_uuid=uuid, time=moment, values=values, xids=tuple(gpu.xids)))
+        scraped.samples.append(Sample(gpu_uuid=uuid, time=moment, values=values, xids=fitting(gpu.xids)))
         scraped.gpus.append(_described(uuid, gpu.labels))
     return list(hosts.values())
 

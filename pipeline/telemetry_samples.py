@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -140,18 +141,27 @@ def _sample(raw: msgspec.Raw, dropped: "Counter[Why]") -> Sample:
         return _sample_decoder.decode(raw)
     loose = _loose_decoder.decode(raw)
     values = {name: _part(_number_decoder, part, dropped) for name, part in (loose.values or {}).items()}
-    codes = loose.xids or []
-    xids = [_part(_xid_decoder, part, dropped) for part in codes[:MAX_XIDS]]
-    if len(codes) > MAX_XIDS:
-        dropped["malformed"] += len(codes) - MAX_XIDS
+    codes = [_part(_xid_decoder, part, dropped) for part in loose.xids or ()]
+    known = [code for code in codes if code is not None]
+    if len(known) > MAX_XIDS:
+        dropped["malformed"] += len(known) - MAX_XIDS
     return Sample(
         gpu_uuid=loose.gpu_uuid,
         time=loose.time,
         values={name: value for name, value in values.items() if value is not None},
-        xids=tuple(xid for xid in xids if xid is not None),
+        xids=fitting(known),
         state=loose.state or "ok",
         source_time=loose.source_time,
     )
+
+
+def fitting(codes: Sequence[int]) -> tuple[int, ...]:
+    """Return as many XIDs as a moment has room for, repeats last: one that comes often must not hide another."""
+    if len(codes) <= MAX_XIDS:
+        return tuple(codes)
+    once = dict.fromkeys(codes)
+    repeats = Counter(codes) - Counter(once.keys())
+    return (*once, *repeats.elements())[:MAX_XIDS]
 
 
 def _part(

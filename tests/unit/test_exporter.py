@@ -94,10 +94,10 @@ def test_a_bad_line_hides_no_other(bad: str) -> None:
 
 
 def test_a_count_that_jumps_is_not_as_many_events() -> None:
-    """However far a count grew, a sample has a hundred events of it at most."""
+    """However far a count grew, a sample has few events of it, and those of other codes."""
     hosts, _, _ = exporter.parse(page(xids={31: 10**9, 79: 2}), NOW, "else", {})
     (xids,) = (sample.xids for host in hosts for sample in host.samples if sample.xids)
-    assert (xids.count(31), xids.count(79)) == (100, 2)
+    assert (xids.count(31), xids.count(79)) == (63, 1)
 
 
 @given(st.one_of(st.text(), st.text(alphabet='ab{}=",\\ 1.\n#TYPEgauge')))

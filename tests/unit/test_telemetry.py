@@ -123,10 +123,12 @@ def test_a_bad_value_does_not_harm_its_sample() -> None:
 def test_too_many_xids_are_cut() -> None:
     """A moment has so many XIDs: each becomes a condition, and one small record must not fill a large one."""
     codes = list(range(1, 1001))
-    found, dropped = telemetry.decode_samples(record(samples(sample(xids=codes))))
-    assert found.samples[0].xids == tuple(codes[:64])
+    found, dropped = telemetry.decode_samples(
+        record(samples(sample(xids=codes), sample(xids=[31] * 100 + [79])))
+    )
+    assert [each.xids for each in found.samples] == [tuple(codes[:64]), (31, 79) + 62 * (31,)]
     assert found.samples[0].values == {"temperature_celsius": 50.0}
-    assert dropped == {"malformed": 936}
+    assert dropped == {"malformed": 936 + 37}
 
 
 def test_a_bad_part_does_not_harm_a_description() -> None:
