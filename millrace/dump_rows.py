@@ -91,7 +91,7 @@ class Columns:
     describing: Sequence[tuple[int, str, str]]
 
     def identified(self, cells: tuple[str, ...]) -> Identity:
-        """Say whose the describing cells are; equal GPUs are the same object.
+        """Say whose the describing cells are (there may be more of them); equal GPUs are the same object.
 
         Raises:
             ValueError: nobody's.
@@ -99,7 +99,7 @@ class Columns:
         given: dict[str, dict[str, str]] = {"identity": {}, "series": {}, "other": {}}
         labels: Mapping[str, str] = {}
         is_whole = True
-        for (_, meaning, name), cell in zip(self.describing, cells, strict=True):
+        for (_, meaning, name), cell in zip(self.describing, cells, strict=False):
             if not (text := cell.strip()):
                 continue
             if meaning != "labels_raw":

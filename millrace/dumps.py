@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -37,19 +38,22 @@ _AHEAD = timedelta(days=1)
 
 @dataclass(slots=True)
 class Reading:
-    """What a dump has of one GPU at one moment."""
+    """What a dump has of one GPU at one moment; there are very many, so what most lack is None."""
 
     #: By field.
     values: dict[str, float] = field(default_factory=dict)
     #: Errors that were not there at the moment before.
     xids: tuple[int, ...] = ()
     #: By code: how often within the exporter's window.
-    xid_counts: dict[int, int] = field(default_factory=dict)
-    #: What its rows say of the GPU; one, when the moment is complete.
-    gpus: list[Gpu] = field(default_factory=list)
+    xid_counts: dict[int, int] | None = None
+    #: What its rows say of the GPU, all of them when the moment is complete.
+    gpu: Gpu | None = None
+    #: What others of its rows say of it.
+    gpus: list[Gpu] | None = None
     #: What a row with unreadable labels says, if nothing better is known.
     partly: Gpu | None = None
-    links: set[tuple[str, str]] = field(default_factory=set)
+    #: Whose values were added up.
+    links: set[tuple[str, str]] | None = None
 
 
 class Moment(NamedTuple):
@@ -116,7 +120,10 @@ class Dump:
                 raise ContractError(f"{path}: not UTF-8 text") from None
             except (OSError, EOFError, zlib.error) as error:
                 raise ContractError(f"{path}: {error}") from None
-        self._describing = tuple(index for index, _, _ in self._columns.describing)
+        describing = [index for index, _, _ in self._columns.describing]
+        # The last one twice: of a single one this would return no tuple.
+        self._describing = itemgetter(*describing, describing[-1])
+        self._moment = lru_cache(maxsize=4096)(self._time_of)
         self._identified = lru_cache(maxsize=65_536)(self._columns.identified)
 
     def moments(self) -> Iterator[Moment]:
@@ -166,14 +173,12 @@ class Dump:
         for host, readings in moment.hosts.items():
             known = self.gpus[host]
             for gpu_uuid, reading in readings.items():
-                if len(reading.gpus) == 1:
-                    known[gpu_uuid] = reading.gpus[0]
-                elif reading.gpus:
-                    known[gpu_uuid] = _merged(reading.gpus)
+                if reading.gpu is not None:
+                    known[gpu_uuid] = _merged([reading.gpu, *reading.gpus]) if reading.gpus else reading.gpu
                 elif reading.partly is not None:
                     known.setdefault(gpu_uuid, reading.partly)
-                reading.gpus = [known[gpu_uuid]]
-                reading.xids = xids[host, gpu_uuid].step(reading.values, reading.xid_counts)
+                reading.gpu = known[gpu_uuid]
+                reading.xids = xids[host, gpu_uuid].step(reading.values, reading.xid_counts or {})
         return moment
 
     def _numbered_rows(self) -> Iterator[tuple[int, list[str]]]:
@@ -260,6 +265,12 @@ class Dump:
             self.rejects.add("labels_raw cannot be read (the value is kept)", line, is_kept=True)
         return read
 
+    def _time_of(self, text: str) -> datetime:
+        time = dump_rows.moment(text.strip())
+        if not _EARLIEST <= time <= self._latest:
+            raise ValueError("the time is far in the past or the future")
+        return time
+
     def _meant(self, row: list[str], text: str) -> _Value | None:
         """Say what a row means; None is a blank.
 
@@ -267,14 +278,12 @@ class Dump:
             ValueError: it cannot mean anything.
         """
         value = float(text)
-        time = dump_rows.moment(row[self._columns.timestamp].strip())
-        if not _EARLIEST <= time <= self._latest:
-            raise ValueError("the time is far in the past or the future")
+        time = self._moment(row[self._columns.timestamp])
         metric = row[self._columns.metric_name].strip()
         name = dump_rows.field_name(metric)
         if not math.isfinite(value) or "_" in text:
             raise ValueError("the value is not a number")
-        identity = self._identified(tuple([row[index] for index in self._describing]))
+        identity = self._identified(self._describing(row))
         why = dcgm.why_dropped(name, value)
         if why == "blank":
             self.blanks += 1
@@ -294,22 +303,29 @@ def _put(reading: Reading, read: _Value) -> bool:
     """Add a value; of NVLinks the sum. False: it is there already."""
     name, identity = read.name, read.identity
     if read.xid is not None:
-        if read.xid in reading.xid_counts:
+        counts = reading.xid_counts = reading.xid_counts or {}
+        if read.xid in counts:
             return False
-        reading.xid_counts[read.xid] = int(read.value)
+        counts[read.xid] = int(read.value)
     elif identity.series and (link := identity.link):
-        if (name, link) in reading.links or (name in reading.values and not reading.links):
+        links = reading.links = reading.links or set()
+        if (name, link) in links or (name in reading.values and all(other != name for other, _ in links)):
             return False
-        reading.links.add((name, link))
+        links.add((name, link))
         reading.values[name] = reading.values.get(name, 0.0) + read.value
     elif name in reading.values:
         return False
     else:
         reading.values[name] = read.value
+    gpu = identity.gpu
     if not identity.is_whole:
-        reading.partly = identity.gpu
-    elif not any(gpu is identity.gpu for gpu in reading.gpus):
-        reading.gpus.append(identity.gpu)
+        reading.partly = gpu
+    elif reading.gpu is None:
+        reading.gpu = gpu
+    elif reading.gpu is not gpu:
+        reading.gpus = reading.gpus or []
+        if not any(other is gpu for other in reading.gpus):
+            reading.gpus.append(gpu)
     return True
 
 

@@ -112,8 +112,9 @@ class Ticks:
             size += moment.rows
             for host, gpus in moment.hosts.items():
                 hosts[host].extend(
-                    (self._sample(offset, moment.time, gpu_uuid, reading), reading.gpus[0])
+                    (self._sample(offset, moment.time, gpu_uuid, reading), reading.gpu)
                     for gpu_uuid, reading in gpus.items()
+                    if reading.gpu is not None
                 )
         if hosts:
             yield self._tick(number, hosts, size)
