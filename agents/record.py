@@ -19,7 +19,7 @@ import msgspec
 
 from agents.delivery import Delivered, Delivery
 from agents.durable import forever, isolate, publish_dead_letter
-from pipeline import events, logs, metrics, telemetry, telemetry_retention
+from pipeline import events, logs, metrics, readers, telemetry, telemetry_retention
 from pipeline.broker import Publisher
 from pipeline.errors import ContractError, MillraceError, RecordTooLargeError
 from pipeline.settings import Settings
@@ -134,6 +134,8 @@ class Record:
         await telemetry_retention.remove_expired(self._database, self._settings)
 
     async def _resolve_silent(self) -> None:
+        # While the broker is away nobody is silent.
+        await readers.partitions_of(self._settings, [self._windows_topic])
         while steps := await self._database.resolve_silent(SILENT_GPUS):
             self._note(steps)
 
