@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from agents.delivery import Delivered, Delivery
 from agents.ownership import Partition
-from agents.window_log import WindowLog, read_windows
+from agents.window_log import MAX_GPUS, WindowLog, read_windows
 from pipeline import events, logs, metrics, telemetry
 from pipeline.broker import Publisher
 from pipeline.connections import backoff_seconds
@@ -24,11 +25,12 @@ from pipeline.detection import (
     Watch,
     WatchOptions,
     WindowModel,
-    close_all,
+    close_round,
     load_rules,
     load_window_model,
+    rounds_of,
 )
-from pipeline.errors import ContractError, DependencyError, MillraceError
+from pipeline.errors import ContractError, DependencyError, MillraceError, RecordTooLargeError
 from pipeline.models import resolve_device
 from pipeline.settings import Settings
 from pipeline.topics import GPU_SAMPLES, GPU_WINDOWS
@@ -227,12 +229,10 @@ class WatchStep:
 
     async def _close(self, closings: Sequence[Closing]) -> None:
         """Score and publish windows that take no more samples, each key's in their order."""
-        if not closings:
-            return
-        with metrics.WINDOW_SCORE_SECONDS.time():
-            rounds = await asyncio.to_thread(close_all, closings, self._device, self._model)
-        for together in rounds:
-            await asyncio.gather(*(self._finish(closed) for closed in together))
+        for together in rounds_of(closings):
+            with metrics.WINDOW_SCORE_SECONDS.time():
+                scored = await asyncio.to_thread(close_round, together, self._device, self._model)
+            await asyncio.gather(*(self._finish(closed) for closed in scored))
 
     async def _finish(self, closed: Closed) -> None:
         """Publish a window, then finish the records of which it was the last one."""
@@ -252,14 +252,36 @@ class WatchStep:
 
     async def _publish(self, owned: Owned, windows: telemetry.Windows) -> None:
         """Return when the broker has a window, all parts of it."""
-        first = None
+        first, max_gpus = None, MAX_GPUS
         with metrics.PUBLISH_SECONDS.labels(self.name).time():
-            for outgoing in owned.log.outgoing(windows, owned.watch.rosters):
+            while windows.gpus:
+                first, refused = await self._publish_parts(owned, windows, max_gpus)
+                if refused is None:
+                    break
+                if len(refused) > 1:
+                    max_gpus = len(refused) // 2
+                    continue
+                gpu_uuid = refused[0].gpu_uuid
+                log.error("a GPU's window is too large to publish", gpu_uuid=gpu_uuid, start=windows.start)
+                metrics.SAMPLES_DROPPED.labels(self.name, RecordTooLargeError.code).inc()
+                rest = tuple(gpu for gpu in windows.gpus if gpu.gpu_uuid != gpu_uuid)
+                windows = msgspec.structs.replace(windows, gpus=rest)
+        owned.log.published(windows, -1 if first is None else first)
+
+    async def _publish_parts(
+        self, owned: Owned, windows: telemetry.Windows, max_gpus: int
+    ) -> tuple[int | None, Sequence[telemetry.GpuWindow] | None]:
+        """Publish a window in parts of so many GPUs; return where it begins, and of whom a part is too large."""
+        first = None
+        for part, outgoing in owned.log.outgoing(windows, owned.watch.rosters, max_gpus):
+            try:
                 place = await self._publisher.publish_forever(
                     self._windows_topic, outgoing, step=self.name, partition=owned.partition.number
                 )
-                first = place.offset if first is None else first
-        owned.log.published(windows, -1 if first is None else first)
+            except RecordTooLargeError:
+                return None, part.gpus
+            first = place.offset if first is None else first
+        return first, None
 
     async def _look_for_silence(self, delivery: Delivery) -> None:
         """Close the windows of keys of which nothing comes, once it is sure that nothing is on its way.

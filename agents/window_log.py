@@ -72,15 +72,18 @@ class WindowLog:
             self._latest[windows.key] = self._begun.pop(windows.key)
             self._offsets[windows.key] = self._begun_at.pop(windows.key)
 
-    def outgoing(self, windows: Windows, watched: Container[str]) -> Iterator[Outgoing]:
-        """Yield the records of a window."""
+    def outgoing(
+        self, windows: Windows, watched: Container[str], max_gpus: int = MAX_GPUS
+    ) -> Iterator[tuple[Windows, Outgoing]]:
+        """Yield the parts of a window with their records; begun again with fewer GPUs each, the last try counts."""
         if not windows.is_event:
             self._offsets.setdefault(windows.key, self._end)
         self._offsets = {key: offset for key, offset in self._offsets.items() if key in watched}
         read_from = min(self._offsets.values(), default=self._end)
-        for part in _parts(windows):
+        for part in _parts(windows, max_gpus):
             outgoing = telemetry.encode_windows(part)
-            yield Outgoing(outgoing.key, outgoing.value, (*outgoing.headers, (READ_FROM, b"%d" % read_from)))
+            headers = (*outgoing.headers, (READ_FROM, b"%d" % read_from))
+            yield part, Outgoing(outgoing.key, outgoing.value, headers)
 
     def published(self, windows: Windows, offset: int) -> None:
         """Note that the broker has all of a window, of which the first record is at `offset`; -1: it forgot."""
@@ -124,11 +127,11 @@ async def _read_from(settings: Settings, topic: str, partition: int, tail: Calla
     return offset - BLIND_RECORDS if first is None else first
 
 
-def _parts(windows: Windows) -> Iterator[Windows]:
+def _parts(windows: Windows, max_gpus: int) -> Iterator[Windows]:
     """Split a window that is too large for one record."""
-    if len(windows.gpus) <= MAX_GPUS:
+    if len(windows.gpus) <= max_gpus:
         yield windows
         return
-    parts = [windows.gpus[at : at + MAX_GPUS] for at in range(0, len(windows.gpus), MAX_GPUS)]
+    parts = [windows.gpus[at : at + max_gpus] for at in range(0, len(windows.gpus), max_gpus)]
     for number, gpus in enumerate(parts):
         yield msgspec.structs.replace(windows, gpus=gpus, part=number, parts=len(parts))

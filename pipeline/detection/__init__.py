@@ -10,7 +10,16 @@ the last window of a key carries. The same samples give the same windows, number
 
 from pipeline.detection.learned import WindowModel, load_window_model
 from pipeline.detection.rules import RuleBook, load_rules
-from pipeline.detection.watch import Closed, Closing, Fed, Watch, WatchOptions, close_all
+from pipeline.detection.watch import (
+    Closed,
+    Closing,
+    Fed,
+    Watch,
+    WatchOptions,
+    close_all,
+    close_round,
+    rounds_of,
+)
 
 __all__ = [
     "Closed",
@@ -21,6 +30,8 @@ __all__ = [
     "WatchOptions",
     "WindowModel",
     "close_all",
+    "close_round",
     "load_rules",
     "load_window_model",
+    "rounds_of",
 ]

@@ -48,7 +48,7 @@ class Describer:
     ) -> tuple[GpuWindow, ...]:  # fmt: skip
         """Return a key's GPUs, whose numbers begin at `first`."""
         codes: dict[int, list[int]] = {}
-        for event in sorted(events):
+        for event in sorted(set(events)):
             codes.setdefault(event.row, []).append(event.code)
         described = []
         for place, (member, row) in enumerate(zip(members, rows, strict=True), first):
@@ -187,21 +187,30 @@ def xid_event(roster: Roster, row: int, time: int, codes: Sequence[int]) -> Wind
     return Windows(key=roster.key, start=at, end=at, gpus=(gpu,), rules_version=roster.plan.book.version)
 
 
+def farewell(members: Iterable[Member]) -> tuple[GpuWindow, ...]:
+    """Describe GPUs that are let go, once and without conditions: whatever held for them is over."""
+    return tuple(
+        GpuWindow(gpu_uuid=m.gpu_uuid, host=m.host, model=m.model, state={"forgotten": True}) for m in members
+    )
+
+
 def restore(roster: Roster, windows: Windows) -> None:
     """Take up what a closed window says of its GPUs."""
     plan, end = roster.plan, microseconds(windows.end)
+    gpus = [gpu for gpu in windows.gpus if not gpu.state.get("forgotten")]
     members = [
         Member(
             gpu.gpu_uuid, gpu.host, gpu.state.get("index"), gpu.model,
             bool(gpu.state.get("instance")), bool(gpu.state.get("assigned")),
         )
-        for gpu in windows.gpus
+        for gpu in gpus
     ]  # fmt: skip
     first = len(roster.members)
     roster.add(members, end)
-    for row, gpu in enumerate(windows.gpus, first):
+    for row, gpu in enumerate(gpus, first):
         roster.xids[row] = {
-            int(code): (int(since), int(until)) for code, since, until in gpu.state.get("xids", ())
+            int(code): (microseconds(moment(since)), int(until))
+            for code, since, until in gpu.state.get("xids", ())
         }
         if gpu.state.get("plan") == plan.fingerprint:
             numbers = gpu.state["row"]

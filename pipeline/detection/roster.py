@@ -14,6 +14,10 @@ from pipeline import telemetry
 from pipeline.detection.aggregates import Chunk
 from pipeline.detection.plan import MICROSECONDS, Plan
 
+# GPUs of one key; more are not looked at. A pass over so many takes some hundred MB.
+MAX_GPUS = 20_000
+# Codes of XID errors that hold for one GPU at once; a sane driver knows fewer at a time.
+MAX_HELD = 64
 # A label with one of these names says that somebody uses the GPU.
 _USERS = ("container", "pod", "job", "hpc_job", "slurm_job_id")
 
@@ -66,6 +70,8 @@ class Roster:
         #: Of a row: since and until when an XID's condition holds, by code.
         self.xids: dict[int, dict[int, tuple[int, int]]] = {}
         self.open: dict[int, OpenWindow] = {}
+        #: Windows that take no more samples and are not scored yet, in their order.
+        self.closing: list[OpenWindow] = []
         self.closed_until: int | None = None
         self.watermark: int | None = None
         self._host_numbers: dict[str, int] = {}
@@ -73,6 +79,11 @@ class Roster:
     def host_number(self, host: str) -> int:
         """Return a small number for a host."""
         return self._host_numbers.setdefault(host, len(self._host_numbers))
+
+    def refused(self, uuids: Iterable[str]) -> set[str]:
+        """Return the GPUs for which there is no room."""
+        fresh = dict.fromkeys(uuid for uuid in uuids if uuid not in self.row_of)
+        return set(list(fresh)[max(0, MAX_GPUS - len(self.row_of)) :])
 
     def rows(self, uuids: Iterable[str], host: str, time: int) -> NDArray[np.int64]:
         """Return the rows of GPUs, new ones for those that were not seen before."""
@@ -124,6 +135,8 @@ class Roster:
         for event in sorted(events):
             if not table.find(event.code).benign:
                 held = self.xids.setdefault(event.row, {})
+                if event.code not in held and len(held) >= MAX_HELD:
+                    continue
                 held[event.code] = _extended(held.get(event.code), event.time, table.hold(event.code))
 
     def holding(self, end: int) -> dict[int, dict[int, tuple[int, int]]]:
@@ -138,27 +151,30 @@ class Roster:
         """Say since when an XID holds that comes at a moment, after those that came before it."""
         table = self.plan.book.xids
         span = self.xids.get(row, {}).get(code)
-        waiting = (event for window in self.open.values() for event in window.xids)
+        windows = (*self.closing, *self.open.values())
+        waiting = (event for window in windows for event in window.xids)
         for earlier in sorted(event.time for event in waiting if (event.row, event.code) == (row, code)):
             if earlier <= time:
                 span = _extended(span, earlier, table.hold(code))
         return _extended(span, time, table.hold(code))[0]
 
-    def restart(self) -> None:
-        """Begin anew with all GPUs after a long silence; what was published stays published."""
-        self.members, self.row_of, self.hosts, self.xids = [], {}, [], {}
-        self.state = np.empty((0, self.plan.layout.width))
-        self.last_seen = np.empty(0, np.int64)
+    def anew(self) -> "Roster":
+        """Return a roster without GPUs that goes on at the same time; this one may have windows to be scored."""
+        fresh = Roster(self.plan, self.key)
+        fresh.closed_until, fresh.watermark = self.closed_until, self.watermark
+        return fresh
 
-    def forget(self, before: int) -> None:
-        """Let go of GPUs that were last seen before a moment."""
+    def forget(self, before: int) -> list[Member]:
+        """Let go of GPUs that were last seen before a moment, and return them."""
+        gone = []
         for row in np.flatnonzero(self.last_seen < before):
             member = self.members[row]
             if member is not None:
                 self.members[row] = None
-                self.xids.pop(int(row), None)
                 if self.row_of.get(member.gpu_uuid) == row:
+                    gone.append(member)
                     del self.row_of[member.gpu_uuid]
+        return gone
 
 
 def _extended(span: tuple[int, int] | None, time: int, seconds: float) -> tuple[int, int]:

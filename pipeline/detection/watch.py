@@ -16,14 +16,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline import logs
 from pipeline.detection import describe
 from pipeline.detection.aggregates import Chunk, Integers, aggregate
+from pipeline.detection.describe import Held
 from pipeline.detection.learned import WindowModel, score_windows
 from pipeline.detection.plan import MICROSECONDS, Plan, microseconds, moment
 from pipeline.detection.roster import Member, OpenWindow, Roster, XidEvent
 from pipeline.detection.rules import RuleBook
 from pipeline.detection.score import Given, score
 from pipeline.telemetry import Sample, Samples, Windows
+
+log = logs.get(__name__)
 
 Cause = Literal["watermark", "silence", "pressure"]
 _CPU = torch.device("cpu")
@@ -46,7 +50,10 @@ class WatchOptions:
 
 @dataclass(eq=False)
 class Closing:
-    """A window that takes no more samples, with what was known of its GPUs at that moment."""
+    """A window that takes no more samples, with what was known of its GPUs at that moment.
+
+    XID errors that hold are not: those that a gauge tells are known once the windows before it are scored.
+    """
 
     roster: Roster
     window: OpenWindow
@@ -54,7 +61,8 @@ class Closing:
     rows: list[int]
     hosts: list[int]
     members: list[Member]
-    xids: dict[int, dict[int, tuple[int, int]]]
+    #: GPUs that are let go with this window.
+    gone: list[Member]
 
     @property
     def end(self) -> int:
@@ -105,6 +113,7 @@ class Watch:
 
     def restore(self, windows: Iterable[Windows]) -> None:
         """Take up the state that a key's last complete window carries (all its parts)."""
+        broken: set[str] = set()
         for part in windows:
             if part.is_event:
                 continue
@@ -114,7 +123,15 @@ class Watch:
             self._active[part.key] = self._clock_ms
             roster.closed_until = max(microseconds(part.end), roster.closed_until or 0)
             roster.watermark = max(roster.watermark or 0, roster.closed_until)
-            describe.restore(roster, part)
+            if part.key in broken:
+                continue
+            try:
+                describe.restore(roster, part)
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+                # Somebody else writes to our topic: no reason to fail at every assignment.
+                log.error("state cannot be read back, its GPUs begin anew", key=part.key, error=str(error))
+                broken.add(part.key)
+                self.rosters[part.key] = roster.anew()
 
     def feed(self, token: Hashable, key: str, samples: Samples, published_ms: int) -> Fed:
         """Add a record's samples to its key's windows, and close what can take no more."""
@@ -129,7 +146,7 @@ class Watch:
         self._dormant.pop(key, None)
         self._active[key] = self._clock_ms
         self._active.move_to_end(key)
-        latest = self._add(roster, token, samples, fed)
+        roster, latest = self._add(roster, token, samples, fed)
         if latest is not None:
             roster.watermark = max(latest, roster.watermark or latest)
             self._close_until(roster, self._closable(roster.watermark), "watermark", fed.closings)
@@ -164,13 +181,18 @@ class Watch:
         """Return the end of the last window that a clock lets close."""
         return (watermark - self._lateness) // self.plan.window * self.plan.window
 
-    def _add(self, roster: Roster, token: Hashable, samples: Samples, fed: Fed) -> int | None:
-        """Put samples into windows; return the latest time of those that were not left out."""
+    def _add(self, roster: Roster, token: Hashable, samples: Samples, fed: Fed) -> tuple[Roster, int | None]:
+        """Put samples into windows; return the key's roster and the latest time of those not left out."""
         given = samples.samples
+        if refused := roster.refused(s.gpu_uuid for s in given):
+            given = tuple(s for s in given if s.gpu_uuid not in refused)
+            fed.dropped["too_many_gpus"] += len(samples.samples) - len(given)
+            if not given:
+                return roster, None
         times = np.rint(np.array([s.time.timestamp() for s in given]) * 1e6).astype(np.int64)
         forget = round(self.options.forget_key_seconds * MICROSECONDS)
         if roster.closed_until is not None and not roster.open and times.min() - roster.closed_until > forget:
-            roster.restart()
+            roster = self.rosters[roster.key] = roster.anew()
         rows = roster.rows((s.gpu_uuid for s in given), samples.host, int(times.max()))
         if samples.gpus:
             roster.describe(samples.gpus)
@@ -188,8 +210,8 @@ class Watch:
             window.samples += len(chosen)
             self.held_samples += len(chosen)
             self._add_chunks(window, given, chosen, rows, times)
-        self._add_events(roster, given, rows, times, starts, taken, fed)
-        return int(times[taken].max()) if taken.any() else None
+        self._add_events(roster, token, given, rows, times, starts, taken, fed)
+        return roster, int(times[taken].max()) if taken.any() else None
 
     def _open(self, roster: Roster, start: int) -> OpenWindow:
         window = roster.open.get(start)
@@ -249,22 +271,32 @@ class Watch:
         return found
 
     def _add_events(
-        self, roster: Roster, given: Sequence[Sample], rows: Integers, times: Integers, starts: Integers,
-        taken: NDArray[np.bool_], fed: Fed,
+        self, roster: Roster, token: Hashable, given: Sequence[Sample], rows: Integers, times: Integers,
+        starts: Integers, taken: NDArray[np.bool_], fed: Fed,
     ) -> None:  # fmt: skip
         for place, sample in enumerate(given):
             if sample.state == "lost" and taken[place]:
                 roster.open[int(starts[place])].lost.append((int(rows[place]), int(times[place])))
             if sample.xids:
-                self._add_xids(roster, sample, int(rows[place]), int(times[place]), int(starts[place]), fed)
+                window = self._window_of_xids(roster, int(starts[place]))
+                window.tokens[token] = None
+                roster.last_seen[rows[place]] = max(roster.last_seen[rows[place]], window.start)
+                self._add_xids(roster, window, sample, int(rows[place]), int(times[place]), fed)
 
-    def _add_xids(self, roster: Roster, sample: Sample, row: int, time: int, start: int, fed: Fed) -> None:
+    def _window_of_xids(self, roster: Roster, start: int) -> OpenWindow:
+        """Return the window that tells XID errors; of late ones the next to close: its own is published."""
+        if roster.closed_until is not None and start < roster.closed_until:
+            following = -(-roster.closed_until // self.plan.window) * self.plan.window
+            start = min(roster.open, default=following)
+        return self._open(roster, start)
+
+    def _add_xids(
+        self, roster: Roster, window: OpenWindow, sample: Sample, row: int, time: int, fed: Fed
+    ) -> None:
         event = describe.xid_event(roster, row, time, sample.xids)
         if event is not None:
             fed.events.append(event)
-        window = roster.open.get(start)
-        if window is not None:
-            window.xids.extend(XidEvent(time, row, code) for code in sample.xids)
+        window.xids.extend(XidEvent(time, row, code) for code in sample.xids)
 
     def _close_quiet(self, closings: list[Closing]) -> None:
         """Close what keys hold that were not heard of for long by Kafka's clock, then forget them."""
@@ -298,35 +330,38 @@ class Watch:
     def _closing(self, roster: Roster, window: OpenWindow, cause: Cause) -> Closing:
         """Note what is known now: by the time the window is scored, later records may have come."""
         forget_seconds = self.plan.book.comparison.forget_seconds
-        roster.forget(window.start - round(forget_seconds * MICROSECONDS))
-        roster.hold(window.xids)
+        gone = roster.forget(window.start - round(forget_seconds * MICROSECONDS))
+        roster.closing.append(window)
         rows = [row for row, member in enumerate(roster.members) if member is not None]
         members = [member for member in roster.members if member is not None]
         hosts = [roster.hosts[row] for row in rows]
-        return Closing(
-            roster, window, cause, rows, hosts, members, roster.holding(window.start + self.plan.window)
-        )
+        return Closing(roster, window, cause, rows, hosts, members, gone)
 
 
 def close_all(
     closings: Sequence[Closing], device: torch.device = _CPU, model: WindowModel | None = None
 ) -> list[list[Closed]]:
-    """Score windows that take no more samples, as few passes as there are windows of one key.
+    """Score windows that take no more samples, round by round."""
+    return [close_round(together, device, model) for together in rounds_of(closings)]
 
-    Each inner list is to be published, in any order, before the next: they follow each other in their keys.
-    """
+
+def rounds_of(closings: Iterable[Closing]) -> list[list[Closing]]:
+    """Return windows in as few rounds as a key has of them; each is to be scored and published before the next."""
     rounds: list[list[Closing]] = []
-    depth: Counter[int] = Counter()
+    depth: Counter[str] = Counter()
     for closing in closings:
-        number = depth[id(closing.roster)]
-        depth[id(closing.roster)] += 1
+        number = depth[closing.roster.key]
+        depth[closing.roster.key] += 1
         if number == len(rounds):
             rounds.append([])
         rounds[number].append(closing)
-    return [_close(together, device, model) for together in rounds]
+    return rounds
 
 
-def _close(closings: Sequence[Closing], device: torch.device, model: WindowModel | None) -> list[Closed]:
+def close_round(
+    closings: Sequence[Closing], device: torch.device = _CPU, model: WindowModel | None = None
+) -> list[Closed]:
+    """Score windows of different keys in one pass."""
     plan = closings[0].roster.plan
     sizes = [len(closing.rows) for closing in closings]
     offsets = np.r_[0, np.cumsum(sizes)]
@@ -363,12 +398,11 @@ def _close(closings: Sequence[Closing], device: torch.device, model: WindowModel
     for closing, a, b in zip(closings, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         roster = closing.roster
         roster.state[closing.rows] = scored.state[a:b]
-        _hold_changes(
+        held = _held(
             closing, [(row - a, time, code) for row, time, code in found.xid_changes if a <= row < b]
         )
-        gpus = texts.gpus(
-            roster, closing.members, closing.rows, a, closing.end, closing.xids, closing.window.xids
-        )
+        gpus = texts.gpus(roster, closing.members, closing.rows, a, closing.end, held, closing.window.xids)
+        gpus += describe.farewell(closing.gone)
         windows = Windows(
             key=roster.key, start=moment(closing.window.start), end=moment(closing.end), gpus=gpus,
             rules_version=plan.book.version,
@@ -377,13 +411,15 @@ def _close(closings: Sequence[Closing], device: torch.device, model: WindowModel
     return closed
 
 
-def _hold_changes(closing: Closing, changes: Sequence[tuple[int, int, int]]) -> None:
-    """Count a last XID that became another one as an error of its moment."""
-    if changes:
-        events = [XidEvent(time, closing.rows[row], code) for row, time, code in changes]
-        closing.roster.hold(events)
-        closing.window.xids.extend(events)
-        closing.xids = closing.roster.holding(closing.end)
+def _held(closing: Closing, changes: Sequence[tuple[int, int, int]]) -> Held:
+    """Return which XIDs hold after a window; a last XID that became another one is an error of its moment."""
+    roster, window = closing.roster, closing.window
+    roster.hold(window.xids)  # first, as those told at once said since when they hold
+    events = [XidEvent(time, closing.rows[row], code) for row, time, code in changes]
+    roster.hold(events)
+    window.xids.extend(events)
+    roster.closing.remove(window)
+    return roster.holding(closing.end)
 
 
 def _groups(closings: Sequence[Closing]) -> Integers:
@@ -404,7 +440,9 @@ def _lost(closing: Closing, samples: Integers, last_time: Integers) -> NDArray[n
     hosts = np.array(closing.hosts, np.int64)
     present = samples > 0
     heard = np.isin(hosts, hosts[present])
-    lost = np.where(present, 0.0, np.where(heard, 1.0, np.nan))
+    # A part of a GPU that is gone was deleted: that is how MIG is used.
+    is_whole = np.array([not member.is_instance for member in closing.members], np.bool_)
+    lost = np.where(present, 0.0, np.where(heard & is_whole, 1.0, np.nan))
     place = {row: number for number, row in enumerate(closing.rows)}
     for row, at in closing.window.lost:
         number = place[row]

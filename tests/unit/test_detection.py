@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from pipeline.detection import (
     document,
     load_rules,
     load_window_model,
+    roster,
 )
 from pipeline.errors import ConfigurationError
 from pipeline.telemetry import Gpu, Sample, Samples, Windows
@@ -312,6 +314,115 @@ def test_a_last_xid_that_changes_is_an_event_and_one_that_stays_is_none() -> Non
     assert {(uuid_, c.rule, c.since) for _, uuid_, c in held} == {
         (uuid(3), "xid_48", START + timedelta(seconds=130))
     }
+
+
+def test_windows_that_close_together_are_as_those_that_close_one_by_one() -> None:
+    """An XID error that only the gauge tells holds in every later window, also when a backlog is caught up with."""
+
+    def fault(gpu: int, at: float) -> Mapping[str, float]:
+        return {"last_xid": 79.0 if gpu == 3 and at >= 30 else 0.0}
+
+    records = [record(s, fault) for s in range(0, 400, 10)]
+    watch = Watch(BOOK)
+    closings = [c for n, r in enumerate(records) for c in watch.feed(n, "node-1", r, 0).closings]
+    together = [window for round_ in close_all(closings) for window in round_]
+    assert [w.windows for w in together] == [w.windows for w in feed(Watch(BOOK), records)]
+    assert {(m, c.rule) for m, _, c in conditions(together)} == {(m, "xid_79") for m in range(6)}
+
+
+def test_late_xids_hold_in_the_next_window() -> None:
+    """An XID error that comes after its window closed is told once, and holds in the window that closes next."""
+    watch = Watch(BOOK)
+    feed(watch, [record(s) for s in (0, 30, 60, 90)])
+    told = []
+    for number in range(3):
+        late = Sample(gpu_uuid=uuid(3), time=START + timedelta(seconds=20), xids=(79,))
+        fed = watch.feed(f"late {number}", "node-1", Samples(host="node-1", samples=(late,)), 0)
+        assert fed.windows == 1
+        told += [c.since for event in fed.events for gpu in event.gpus for c in gpu.conditions]
+    (closing,) = watch.close_silent(["node-1"])
+    assert {f"late {number}" for number in range(3)} <= set(closing.window.tokens)
+    held = conditions(close_all([closing])[0])
+    assert {(c.rule, c.since) for _, _, c in held} == {("xid_79", since) for since in told}
+    assert len(set(told)) == 1
+    fed = watch.feed("alone", "node-1", Samples(host="node-1", samples=(late,)), 0)
+    (closing,) = watch.close_silent(["node-1"])
+    assert list(closing.window.tokens) == ["alone"]
+    assert (fed.windows, len(close_all([closing]))) == (1, 1)
+
+
+def test_a_host_that_comes_back_while_its_windows_are_scored() -> None:
+    """In one batch a key falls silent, closes, and comes back with fewer GPUs long after."""
+    watch = Watch(BOOK)
+    closings = []
+    for number, samples in enumerate([record(0), record(90), record(7290, gpus=2), record(7390, gpus=2)]):
+        closings += watch.feed(number, "node-1", samples, 0).closings
+        closings += watch.close_silent(["node-1"])
+    rounds = close_all(closings)
+    assert [[len(w.windows.gpus) for w in round_] for round_ in rounds] == [[8], [8], [2], [2]]
+
+
+def test_a_deleted_part_of_a_gpu_is_not_lost() -> None:
+    """Instances of MIG come and go; a whole GPU that goes is lost."""
+    watch = Watch(BOOK)
+    parts = tuple(Gpu(gpu_uuid=uuid(g), parent_uuid="GPU-whole") for g in range(4))
+    described = msgspec.structs.replace(record(0), gpus=parts)
+    later = (record(s, lambda g, at: None if g in {0, 7} else {}) for s in range(60, 300, 10))
+    held = conditions(feed(watch, [described, *later]))
+    assert {(gpu, c.rule) for _, gpu, c in held} == {(uuid(7), "gpu_lost")}
+
+
+def test_a_gpu_that_is_let_go_is_listed_once_more() -> None:
+    """When a GPU is away for a day its conditions end, and a new owner does not take it up again."""
+    watch = Watch(BOOK)
+    closed = feed(
+        watch, (record(s, lambda g, at: None if g == 3 and at else {}) for s in range(0, 90000, 300))
+    )
+    listed = [(w.windows, gpu) for w in closed for gpu in w.windows.gpus if gpu.gpu_uuid == uuid(3)]
+    last, gpu = listed[-1]
+    assert [c.rule for c in listed[-2][1].conditions] == ["gpu_lost"]
+    assert (gpu.samples, gpu.conditions) == (0, ())
+    assert last.end < closed[-1].windows.end
+    second = Watch(BOOK)
+    second.restore([last])
+    assert uuid(3) not in second.rosters["node-1"].row_of
+
+
+def test_a_key_has_a_bounded_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs beyond the bound are left out and counted; those that are known go on."""
+    monkeypatch.setattr(roster, "MAX_GPUS", 10)
+    watch = Watch(BOOK)
+    assert watch.feed(1, "job", record(0), 0).dropped["too_many_gpus"] == 0
+    assert watch.feed(2, "job", record(1, host="node-2"), 0).dropped["too_many_gpus"] == 6
+    fed = watch.feed(3, "job", record(2, host="node-3"), 0)
+    assert (fed.dropped["too_many_gpus"], fed.windows) == (8, 0)
+    assert watch.feed(4, "job", record(3), 0).dropped["too_many_gpus"] == 0
+    assert watch.gpus == 10
+
+
+def test_a_gpu_with_endless_errors_stays_small() -> None:
+    """Of many codes a bounded number holds, and the same error many times is listed once."""
+    watch = Watch(BOOK)
+    sample = Sample(gpu_uuid="GPU-1", time=START, xids=tuple(range(1000, 2000)))
+    for number in range(3):
+        watch.feed(number, "k", Samples(host="h", samples=(sample,)), 0)
+    (window,) = close_all(watch.close_silent(["k"]))[0]
+    (gpu,) = window.windows.gpus
+    assert len(gpu.conditions) == roster.MAX_HELD
+    assert gpu.xids == tuple(range(1000, 2000))
+
+
+@pytest.mark.parametrize("state", [{"xids": 5}, {"xids": [[79, 1e300, 2]]}, {"row": 5}, {"row": ["x"]}])
+def test_state_that_is_nonsense_begins_anew(state: dict[str, Any]) -> None:
+    """Whatever somebody else wrote into a state, the key's GPUs begin anew and the other keys go on."""
+    first = Watch(BOOK)
+    (closed,) = [w.windows for w in feed(first, (record(s) for s in range(0, 90, 10)))]
+    known = {"plan": first.plan.fingerprint}
+    bad = tuple(msgspec.structs.replace(gpu, state={**known, **state}) for gpu in closed.gpus)
+    second = Watch(BOOK)
+    second.restore([msgspec.structs.replace(closed, gpus=bad), msgspec.structs.replace(closed, key="other")])
+    assert {key: len(r.row_of) for key, r in second.rosters.items()} == {"node-1": 0, "other": 8}
+    assert second.feed("late", "node-1", record(20), 0).dropped["late"] == 8
 
 
 def test_a_gpu_on_two_hosts() -> None:
