@@ -1,6 +1,5 @@
 """`millrace alerts`: alerts and silences from the database, steps of alerts from Kafka as they come."""
 
-import asyncio
 import contextlib
 import getpass
 from collections.abc import Sequence
@@ -8,12 +7,13 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
+from millrace import tailing
 from millrace.gpus import connected
-from millrace.output import EXIT_FAILED, emit, say, show, show_table, stdout_closed
+from millrace.output import EXIT_FAILED, emit, say, show, show_table
 from millrace.results import Start
 from pipeline import notifications, telemetry, telemetry_reads
 from pipeline.broker import LiveReader
-from pipeline.errors import ContractError
+from pipeline.events import Record
 from pipeline.gpu_views import AlertView
 from pipeline.notifications import Notification, Silence
 from pipeline.receivers import check_match
@@ -116,20 +116,18 @@ async def tail(
         DependencyError: no broker answers, or the topic is missing.
     """
     reader = LiveReader(settings, [settings.topic(GPU_ALERTS.name)], start=start, client_id="millrace-alerts")
-    await reader.start(wait=False)
-    printing = asyncio.create_task(_print(reader, limit, severity, as_json))
-    closed = asyncio.create_task(stdout_closed())
-    try:
-        await asyncio.wait({printing, closed}, return_when=asyncio.FIRST_COMPLETED)
-        if not printing.done():
-            raise BrokenPipeError
-        printing.result()
-        return 0
-    finally:
-        for task in (printing, closed):
-            task.cancel()
-        await asyncio.wait({printing, closed})
-        await reader.stop()
+
+    def show_step(record: Record) -> bool:
+        alert = telemetry.decode_alert(record)
+        if severity not in (None, alert.condition.severity):
+            return False
+        if as_json:
+            emit(alert)
+        else:
+            show(line_of(alert))
+        return True
+
+    return await tailing.tail(reader, show_step, limit)
 
 
 async def silence(
@@ -211,25 +209,6 @@ def line_of(alert: Alert) -> str:
         f"{alert.id}  {_moment(alert.time)}  {alert.state:<8}  {condition.severity:<8}  {condition.rule}  "
         f"{alert.host}  {alert.gpu_uuid}  {condition.message}{action}"
     )
-
-
-async def _print(reader: LiveReader, limit: int | None, severity: str | None, as_json: bool) -> None:
-    printed = 0
-    async for record in reader:
-        try:
-            alert = telemetry.decode_alert(record)
-        except ContractError as error:
-            say(f"{record.default_id}: {error.message}")
-            continue
-        if severity not in (None, alert.condition.severity):
-            continue
-        if as_json:
-            emit(alert)
-        else:
-            show(line_of(alert))
-        printed += 1
-        if printed == limit:
-            return
 
 
 def _labels(silence: Silence) -> str:

@@ -8,12 +8,11 @@ from typing import Literal
 
 import msgspec
 
-from millrace import durations
-from millrace.output import EXIT_FAILED, emit, say, show, stdout_closed
+from millrace import durations, tailing
+from millrace.output import EXIT_FAILED, emit, say, show
 from pipeline import events
 from pipeline.broker import LiveReader
 from pipeline.database import Database
-from pipeline.errors import ContractError
 from pipeline.results import ImageState
 from pipeline.settings import Settings
 from pipeline.topics import PREDICTIONS
@@ -135,41 +134,20 @@ async def tail(settings: Settings, start: Start, wishes: TailWishes) -> int:
         DependencyError: no broker answers, or the topic is missing.
     """
     reader = LiveReader(settings, [settings.topic(PREDICTIONS.name)], start=start, client_id="millrace-tail")
-    await reader.start(wait=False)
-    printing = asyncio.create_task(_print(reader, wishes))
-    closed = asyncio.create_task(stdout_closed())
-    try:
-        await asyncio.wait({printing, closed}, return_when=asyncio.FIRST_COMPLETED)
-        if not printing.done():
-            raise BrokenPipeError
-        printing.result()
-        return 0
-    finally:
-        for task in (printing, closed):
-            task.cancel()
-        await asyncio.wait({printing, closed})
-        await reader.stop()
 
-
-async def _print(reader: LiveReader, wishes: TailWishes) -> None:
-    printed = 0
-    async for record in reader:
+    def show_prediction(record: events.Record) -> bool:
         if events.is_query(record) and not wishes.queries:
-            continue
-        try:
-            prediction = events.decode_prediction(record)
-        except ContractError as error:
-            say(f"{record.default_id}: {error.message}")
-            continue
+            return False
+        prediction = events.decode_prediction(record)
         if wishes.deployment not in (None, prediction.deployment):
-            continue
+            return False
         if wishes.as_json:
             emit(prediction)
         else:
             show(line_of(prediction))
-        printed += 1
-        if printed == wishes.limit:
-            return
+        return True
+
+    return await tailing.tail(reader, show_prediction, wishes.limit)
 
 
 def line_of(prediction: events.Prediction, *, with_id: bool = True) -> str:
