@@ -10,6 +10,7 @@ from starlette.responses import Response
 from gateway import gpu_examples as examples
 from gateway import tables
 from gateway.auth import KeyRequired
+from gateway.bodies import read_json
 from gateway.cursors import is_moment
 from gateway.predictions import bounded
 from gateway.problems import Problem, responses
@@ -25,7 +26,6 @@ from pipeline.telemetry_reads import AlertFilter
 
 router = APIRouter(tags=["alerts"], dependencies=[KeyRequired, tables.KnownParameters])
 
-MAX_BODY_BYTES = 64 * 1024
 MAX_SILENCE = timedelta(days=366)
 _PROBLEMS = ("unauthorized", "invalid_request", "dependency")
 
@@ -221,38 +221,18 @@ async def _page(
 ) -> Response:
     after = tables.after(cursor, tuple[datetime, str])
     found = await bounded(telemetry_reads.alerts(_pool(request), chosen, limit + 1, after))
-    page = found[:limit]
-    following = tables.cursor_of((page[-1].since, page[-1].id)) if len(found) > limit else None
     columns = (
         "id", "state", "severity", "rule", "host", "gpu_uuid", "model", "since", "seen_at", "fired_at",
         "resolved_at", "condition.value", "condition.limit", "condition.field", "condition.message",
         "condition.action", "condition.runbook",
     )  # fmt: skip
-    return tables.answer(
-        request,
-        AlertPage(tuple(page), following),
-        tables.plain(page),
-        columns,
-        wanted=wanted,
-        next_cursor=following,
-    )
+    return tables.page(request, found, limit, lambda row: (row.since, row.id), AlertPage, columns, wanted)
 
 
 async def _read_silence(request: Request) -> SilenceBody:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise Problem("unsupported_media_type", "The body must be application/json.")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise Problem("malformed_request", f"The body has more than {MAX_BODY_BYTES:,} bytes.")
+    wanted = await read_json(request, _decoder, "silence")
     try:
-        wanted = _decoder.decode(body)
         check_match(wanted.match)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        code = "invalid_request" if isinstance(error, msgspec.ValidationError) else "malformed_request"
-        raise Problem(code, f"The body is no silence: {error}") from None
     except ValueError as error:
         raise Problem("invalid_request", f"match: {error}.") from None
     if not wanted.match:

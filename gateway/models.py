@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from gateway import examples
 from gateway.auth import KeyRequired
+from gateway.bodies import read_json
 from gateway.predictions import Prefer, bounded, wait_seconds
 from gateway.problems import Problem, responses
 from gateway.views import JSONResponse, describe
@@ -26,7 +27,6 @@ from pipeline.errors import ConfigurationError, DependencyError
 from pipeline.registry import Follower
 from pipeline.results import ModelVersion
 
-MAX_BODY_BYTES = 64 * 1024
 # Until this gateway itself has read what it has published.
 READ_BACK_SECONDS = 5.0
 # They took 0.7 s, in pieces of a thousand between which other requests are answered.
@@ -126,7 +126,7 @@ async def activate(request: Request, deployment: Deployment, prefer: Prefer = No
     following: Follower = state.following
     if not _DEPLOYMENT.fullmatch(deployment):
         raise Problem("invalid_request", "A deployment's name has lower-case letters, digits and hyphens.")
-    wanted = await _read_activation(request)
+    wanted = await read_json(request, _decoder, "activation")
     desired = await registry.activate(
         state.settings,
         deployment,
@@ -205,22 +205,6 @@ def _known(request: Request) -> Registry:
     if not following.is_caught_up:
         raise DependencyError("the models topic has not been read yet")
     return following.registry
-
-
-async def _read_activation(request: Request) -> Activation:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise Problem("unsupported_media_type", "The body must be application/json.")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise Problem("malformed_request", f"The body has more than {MAX_BODY_BYTES:,} bytes.")
-    try:
-        return _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        code = "invalid_request" if isinstance(error, msgspec.ValidationError) else "malformed_request"
-        raise Problem(code, f"The body is no activation: {error}") from None
 
 
 def _checked(models: tuple[str, ...]) -> list[str]:

@@ -9,9 +9,9 @@ import csv
 import difflib
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlencode
 
 import msgspec
@@ -22,6 +22,8 @@ from gateway.cursors import is_moment
 from gateway.problems import Problem
 from gateway.views import JSONResponse
 from pipeline import dcgm
+
+Row = TypeVar("Row", bound=msgspec.Struct)
 
 NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 MAX_LIMIT = 1000
@@ -53,11 +55,8 @@ def uuid_of(
     Raises:
         Problem: 422, nothing can have it.
     """
-    try:
-        given = unquote(segment, errors="strict")
-    except UnicodeDecodeError:
-        given = ""
-    if not _UUID.fullmatch(given):
+    given = _unquoted(segment)
+    if given is None:
         raise Problem(
             "invalid_request", "uuid: a GPU's UUID is 1 to 128 printable characters without spaces."
         )
@@ -70,13 +69,18 @@ def unquoted(segment: str) -> str:
     Raises:
         Problem: 404, as nothing can have such an id.
     """
+    given = _unquoted(segment)
+    if given is None:
+        raise Problem("not_found", "There is nothing with this id.")
+    return given
+
+
+def _unquoted(segment: str) -> str | None:
     try:
         given = unquote(segment, errors="strict")
     except UnicodeDecodeError:
-        given = ""
-    if not _UUID.fullmatch(given):
-        raise Problem("not_found", "There is nothing with this id.")
-    return given
+        return None
+    return given if _UUID.fullmatch(given) else None
 
 
 def moment(name: str, given: str, now: datetime) -> datetime:
@@ -214,16 +218,31 @@ def cursor_of(key: object) -> str:
     return base64.urlsafe_b64encode(msgspec.json.encode(key)).decode().rstrip("=")
 
 
+def page(
+    request: Request,
+    found: Sequence[Row],
+    limit: int,
+    key: Callable[[Row], object],
+    view: Callable[[tuple[Row, ...], str | None], msgspec.Struct],
+    columns: Sequence[str],
+    wanted: str | None,
+) -> Response:
+    """Return the first `limit` of `found`; one row more than that says that another page follows, from `key` on."""
+    rows = tuple(found[:limit])
+    following = cursor_of(key(rows[-1])) if len(found) > limit else None
+    return answer(request, view(rows, following), plain(rows), columns, wanted=wanted, next_cursor=following)
+
+
 def answer(
     request: Request,
     view: msgspec.Struct,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     columns: Sequence[str],
     *,
     wanted: str | None,
     next_cursor: str | None = None,
 ) -> Response:
-    """Return a page as JSON, or its rows as CSV; a `Link` leads to the next one."""
+    """Return a page as JSON, or its rows, read for this alone, as CSV; a `Link` leads to the next one."""
     headers = {"Vary": "Accept"}
     if next_cursor is not None:
         query = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
@@ -241,9 +260,9 @@ def answer(
     )
 
 
-def plain(rows: Iterable[msgspec.Struct]) -> list[dict[str, Any]]:
-    """Return structs as rows of a table: what is nested gets a name with a dot."""
-    return [dict(_flat("", msgspec.to_builtins(row))) for row in rows]
+def plain(rows: Iterable[msgspec.Struct]) -> Iterable[dict[str, Any]]:
+    """Yield structs as rows of a table, as CSV wants them: what is nested gets a name with a dot."""
+    return (dict(_flat("", msgspec.to_builtins(row))) for row in rows)
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:

@@ -100,21 +100,12 @@ async def get_gpus(
     chosen = GpuFilter(host=host, model=model, state=state, peer_key=peer_key)
     after = tables.after(cursor, tuple[str, str])
     found = await bounded(telemetry_reads.gpus(_pool(request), chosen, limit + 1, after))
-    page = found[:limit]
-    following = tables.cursor_of((page[-1].host, page[-1].gpu_uuid)) if len(found) > limit else None
     columns = (
         "gpu_uuid", "host", "index", "model", "state", "peer_key", "first_seen", "last_seen", "device",
         "pci_bus_id", "parent_uuid", "driver_version", "firing.critical", "firing.warning", "firing.info",
         "latest.time", *(f"latest.values.{name}" for name in telemetry_reads.SHOWN),
     )  # fmt: skip
-    return tables.answer(
-        request,
-        GpuPage(tuple(page), following),
-        tables.plain(page),
-        columns,
-        wanted=wanted,
-        next_cursor=following,
-    )
+    return tables.page(request, found, limit, lambda row: (row.host, row.gpu_uuid), GpuPage, columns, wanted)
 
 
 @router.get(
@@ -144,20 +135,11 @@ async def get_hosts(
 ) -> Response:
     """Return hosts with their GPUs, those that are lost, and how many alerts fire."""
     found = await bounded(telemetry_reads.hosts(_pool(request), limit + 1, tables.after(cursor, str)))
-    page = found[:limit]
-    following = tables.cursor_of(page[-1].host) if len(found) > limit else None
     columns = (
         "host", "gpus", "lost", "models", "peer_keys", "last_seen", "firing.critical", "firing.warning",
         "firing.info",
     )  # fmt: skip
-    return tables.answer(
-        request,
-        HostPage(tuple(page), following),
-        tables.plain(page),
-        columns,
-        wanted=wanted,
-        next_cursor=following,
-    )
+    return tables.page(request, found, limit, lambda row: row.host, HostPage, columns, wanted)
 
 
 @router.get(
@@ -223,7 +205,7 @@ async def get_telemetry(
     )  # fmt: skip
     columns = _columns(page, names, is_rolled=width is not None)
     return tables.answer(
-        request, view, [_row(point) for point in page], columns, wanted=wanted, next_cursor=following
+        request, view, (_row(point) for point in page), columns, wanted=wanted, next_cursor=following
     )
 
 
