@@ -15,12 +15,11 @@ from gateway.cursors import is_moment
 from gateway.predictions import bounded
 from gateway.problems import Problem, responses
 from gateway.tables import NO_CONTROLS, Accept, Cursor, Format, Host, Limit
-from gateway.telemetry import Uuid, unknown_gpu
+from gateway.telemetry import Uuid, pool_of, unknown_gpu
 from gateway.views import JSONResponse, describe
 from pipeline import notifications, telemetry_reads
 from pipeline.gpu_views import AlertView
 from pipeline.notifications import Notification, Silence
-from pipeline.postgres import Pool
 from pipeline.receivers import check_match
 from pipeline.telemetry_reads import AlertFilter
 
@@ -126,7 +125,7 @@ async def get_alerts_of_gpu(
     accept: Accept = None,
 ) -> Response:
     """Return a GPU's alerts, the latest begun first."""
-    if await bounded(telemetry_reads.gpu_id(_pool(request), uuid)) is None:
+    if await bounded(telemetry_reads.gpu_id(pool_of(request), uuid)) is None:
         raise unknown_gpu()
     began = None if since is None else tables.moment("since", since, datetime.now(UTC))
     chosen = AlertFilter(
@@ -146,7 +145,7 @@ async def get_alert(
     identity: Annotated[str, Path(alias="id", max_length=400, description="The alert's id.")],
 ) -> Response:
     """Return an alert as it is now, and what became of telling each receiver."""
-    pool = _pool(request)
+    pool = pool_of(request)
     found = await bounded(telemetry_reads.alert(pool, tables.unquoted(identity)))
     if found is None:
         raise Problem("not_found", "There is no alert with this id.")
@@ -168,7 +167,9 @@ async def get_silences(
 ) -> Response:
     """Return silences that hold or will hold, newest first."""
     before = tables.after(cursor, Annotated[int, msgspec.Meta(ge=0, le=2**62)])
-    found = await bounded(notifications.silences(_pool(request), every=every, limit=limit + 1, before=before))
+    found = await bounded(
+        notifications.silences(pool_of(request), every=every, limit=limit + 1, before=before)
+    )
     following = tables.cursor_of(found[limit - 1].id) if len(found) > limit else None
     return JSONResponse(SilencePage(tuple(found[:limit]), following))
 
@@ -194,7 +195,7 @@ async def post_silence(request: Request) -> Response:
         raise Problem("invalid_request", "ends_at: a silence ends after it begins, and within a year.")
     made = await bounded(
         notifications.silence(
-            _pool(request), wanted.match, starts_at, wanted.ends_at, wanted.comment, wanted.created_by
+            pool_of(request), wanted.match, starts_at, wanted.ends_at, wanted.comment, wanted.created_by
         )
     )
     return JSONResponse(made, status=201, headers={"Location": f"/v1/silences/{made.id}"})
@@ -210,7 +211,7 @@ async def delete_silence(
     identity: Annotated[int, Path(alias="id", ge=0, le=2**62, description="The silence's number.")],
 ) -> Response:
     """End a silence now; what it held back and still fires is told."""
-    ended = await bounded(notifications.end_silence(_pool(request), identity))
+    ended = await bounded(notifications.end_silence(pool_of(request), identity))
     if ended is None:
         raise Problem("not_found", "There is no silence with this number that goes on.")
     return JSONResponse(ended)
@@ -220,7 +221,7 @@ async def _page(
     request: Request, chosen: AlertFilter, limit: int, cursor: str | None, wanted: str | None
 ) -> Response:
     after = tables.after(cursor, tuple[datetime, str])
-    found = await bounded(telemetry_reads.alerts(_pool(request), chosen, limit + 1, after))
+    found = await bounded(telemetry_reads.alerts(pool_of(request), chosen, limit + 1, after))
     columns = (
         "id", "state", "severity", "rule", "host", "gpu_uuid", "model", "since", "seen_at", "fired_at",
         "resolved_at", "condition.value", "condition.limit", "condition.field", "condition.message",
@@ -238,8 +239,3 @@ async def _read_silence(request: Request) -> SilenceBody:
     if not wanted.match:
         raise Problem("invalid_request", "match: without a label it would silence everything.")
     return wanted
-
-
-def _pool(request: Request) -> Pool:
-    pool: Pool = request.app.state.database.pool
-    return pool

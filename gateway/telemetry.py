@@ -99,7 +99,7 @@ async def get_gpus(
     """Return GPUs with their latest values and how many alerts fire on each."""
     chosen = GpuFilter(host=host, model=model, state=state, peer_key=peer_key)
     after = tables.after(cursor, tuple[str, str])
-    found = await bounded(telemetry_reads.gpus(_pool(request), chosen, limit + 1, after))
+    found = await bounded(telemetry_reads.gpus(pool_of(request), chosen, limit + 1, after))
     columns = (
         "gpu_uuid", "host", "index", "model", "state", "peer_key", "first_seen", "last_seen", "device",
         "pci_bus_id", "parent_uuid", "driver_version", "firing.critical", "firing.warning", "firing.info",
@@ -115,7 +115,7 @@ async def get_gpus(
 )
 async def get_gpu(request: Request, uuid: Uuid) -> Response:
     """Return what a GPU is, its latest values and how many alerts fire on it."""
-    found = await bounded(telemetry_reads.gpus(_pool(request), GpuFilter(gpu_uuid=uuid), 1))
+    found = await bounded(telemetry_reads.gpus(pool_of(request), GpuFilter(gpu_uuid=uuid), 1))
     if not found:
         raise unknown_gpu()
     return JSONResponse(found[0])
@@ -134,7 +134,7 @@ async def get_hosts(
     accept: Accept = None,
 ) -> Response:
     """Return hosts with their GPUs, those that are lost, and how many alerts fire."""
-    found = await bounded(telemetry_reads.hosts(_pool(request), limit + 1, tables.after(cursor, str)))
+    found = await bounded(telemetry_reads.hosts(pool_of(request), limit + 1, tables.after(cursor, str)))
     columns = (
         "host", "gpus", "lost", "models", "peer_keys", "last_seen", "firing.critical", "firing.warning",
         "firing.info",
@@ -179,7 +179,7 @@ async def get_telemetry(
     width, asked = tables.step_of(step), tables.fields_of(fields)
     if width is not None and width % telemetry_reads.MINUTE and last - first > MOST_SAMPLED:
         raise Problem("invalid_request", "step: one that is not of whole minutes goes over a day at most.")
-    pool = _pool(request)
+    pool = pool_of(request)
     gpu = await bounded(telemetry_reads.gpu_id(pool, uuid))
     if gpu is None:
         raise unknown_gpu()
@@ -227,7 +227,7 @@ async def get_energy(
     """Return joules, kilowatt-hours and idle GPU-hours, with costs where prices are set, the most energy first."""
     settings = request.app.state.settings
     first, last = tables.span(start, end, datetime.now(UTC))
-    pool = _pool(request)
+    pool = pool_of(request)
     prices = settings.energy_price_per_kwh, settings.gpu_hour_price
     rows = await bounded(telemetry_reads.energy(pool, first, last, host))
     count, joules = await bounded(telemetry_reads.energy_of_predictions(pool, first, last))
@@ -252,7 +252,8 @@ def unknown_gpu() -> Problem:
     return Problem("not_found", "There is no GPU with this UUID.")
 
 
-def _pool(request: Request) -> Pool:
+def pool_of(request: Request) -> Pool:
+    """Return the connections to the database."""
     pool: Pool = request.app.state.database.pool
     return pool
 
