@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint unit bench soak asyncapi requirements clean
+.PHONY: help run test check lint unit bench soak asyncapi manifests requirements clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -42,6 +42,9 @@ soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
 
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json
+
+manifests: $(READY) ## Write the KafkaTopics and KafkaUsers from the tables of topics and rights
+	@$(BIN)/python -m pipeline.strimzi
 
 requirements: $(READY) ## Pin what pyproject.toml asks for; UPGRADE=--upgrade for newer versions
 	echo uv | $(BIN)/uv pip compile - $(PINNED) --output-file requirements/uv.txt

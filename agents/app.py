@@ -225,7 +225,7 @@ class Worker:
         while True:
             try:
                 await ping(self._settings)
-                missing = await self._missing_topics()
+                missing = await admin.missing_topics(self._settings, self._step.topics)
             except DependencyError as error:
                 log.warning("waiting for Kafka", reason=error.message)
             else:
@@ -233,10 +233,6 @@ class Worker:
                     return
                 log.warning("waiting for topics: run `millrace topics apply`", missing=missing)
             await asyncio.sleep(1.0)
-
-    async def _missing_topics(self) -> list[str]:
-        states = await admin.describe_topics(self._settings, self._step.topics)
-        return [state.topic for state in states if not state.partitions]
 
     async def _monitor(self) -> None:
         """Keep lag and membership up to date; say when retention overtakes the group."""

@@ -31,6 +31,8 @@ from pipeline.topics import TOPICS, Topic
 
 ADMIN_SECONDS = 30.0
 _RETRY_SECONDS = 0.25
+# What `lag` is asked of by default.
+STEPS = ("predict", "store", "archive", "watch", "record", "notify")
 _DYNAMIC_TOPIC_CONFIG = 1  # DescribeConfigsResponse: ConfigSource.TOPIC_CONFIG, set on the topic itself
 
 _log = logs.get(__name__)
@@ -96,6 +98,19 @@ async def describe_topics(settings: Settings, topics: Sequence[Topic] = TOPICS) 
         return await _describe(admin, settings, topics)
 
 
+async def missing_topics(settings: Settings, topics: Sequence[Topic] = TOPICS) -> list[str]:
+    """Return the broker's names of topics that are not there, or that this user may not see.
+
+    Whoever may read or write a topic may ask this; `describe_topics` needs DescribeConfigs in addition.
+
+    Raises:
+        DependencyError: no broker answers, or it refuses.
+    """
+    async with _admin(settings) as admin:
+        found = {topic["topic"] for topic in await admin.describe_topics()}
+    return [name for topic in topics if (name := settings.topic(topic.name)) not in found]
+
+
 async def apply_topics(settings: Settings, topics: Sequence[Topic] = TOPICS) -> list[TopicChange]:
     """Make the broker's topics what the table says; idempotent, safe to run in several places at once.
 
@@ -127,8 +142,10 @@ async def apply_topics(settings: Settings, topics: Sequence[Topic] = TOPICS) -> 
     return changes
 
 
-async def lag(settings: Settings, groups: Sequence[str] | None = None) -> list[PartitionLag]:
-    """Return each partition's lag for groups (full names); None: this installation's steps and deployments.
+async def lag(
+    settings: Settings, groups: Sequence[str] | None = None, *, steps: Sequence[str] = STEPS
+) -> list[PartitionLag]:
+    """Return each partition's lag for groups (full names); None: of these steps, every deployment's among them.
 
     A group that never committed is behind by everything that is kept, as a new consumer would be.
 
@@ -137,7 +154,7 @@ async def lag(settings: Settings, groups: Sequence[str] | None = None) -> list[P
     """
     async with _admin(settings) as admin:
         existing = {topic["topic"]: len(topic["partitions"]) for topic in await admin.describe_topics()}
-        names = sorted(set(groups)) if groups is not None else await _own_groups(admin, settings)
+        names = sorted(set(groups)) if groups is not None else await _own_groups(admin, settings, steps)
         committed: dict[str, dict[TopicPartition, int]] = {}
         wanted: dict[str, set[TopicPartition]] = {}
         for group in names:
@@ -269,13 +286,13 @@ def _topics_of(settings: Settings, group: str) -> list[str]:
     return [settings.topic(topic.name) for topic in TOPICS if step in topic.consumers]
 
 
-async def _own_groups(admin: AIOKafkaAdminClient, settings: Settings) -> list[str]:
-    steps = ("predict", "store", "archive")
-    deployments = settings.topic_prefix + "predict."
-    known = {str(group) for group, _ in await admin.list_consumer_groups()}
-    return sorted(
-        {settings.group(step) for step in steps} | {group for group in known if group.startswith(deployments)}
-    )
+async def _own_groups(admin: AIOKafkaAdminClient, settings: Settings, steps: Sequence[str]) -> list[str]:
+    own = {settings.group(step) for step in steps}
+    if "predict" in steps:
+        deployments = settings.group("predict").removesuffix(settings.deployment)
+        known = {str(group) for group, _ in await admin.list_consumer_groups()}
+        own |= {group for group in known if group.startswith(deployments)}
+    return sorted(own)
 
 
 async def _committed(admin: AIOKafkaAdminClient, group: str) -> dict[TopicPartition, int]:

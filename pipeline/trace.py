@@ -214,7 +214,7 @@ async def _on_kafka(
     steps: dict[str, list[Step]] = {}
     try:
         async with asyncio.timeout(KAFKA_SECONDS):
-            groups = await admin.lag(settings)
+            groups = await admin.lag(settings, steps=("predict",))
             behind = [
                 (name, row) for row in groups
                 if (row.topic, row.partition) == (image.topic, image.partition)
