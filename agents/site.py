@@ -37,8 +37,8 @@ class Site:
             ConfigurationError: the port is taken or the address is not ours.
         """
         app = web.Application()
-        app.router.add_get("/livez", lambda request: _answer(self._live()))
-        app.router.add_get("/readyz", lambda request: _answer(self._ready()))
+        app.router.add_get("/livez", self._livez)
+        app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", _metrics)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
@@ -57,8 +57,14 @@ class Site:
         if self._runner is not None:
             await self._runner.cleanup()
 
+    async def _livez(self, request: web.Request) -> web.Response:
+        return _answer(self._live())
 
-async def _answer(reason: str | None) -> web.Response:
+    async def _readyz(self, request: web.Request) -> web.Response:
+        return _answer(self._ready())
+
+
+def _answer(reason: str | None) -> web.Response:
     body = {"status": "ok"} if reason is None else {"status": "unavailable", "reason": reason}
     return web.Response(
         text=json.dumps(body), status=200 if reason is None else 503, content_type="application/json"

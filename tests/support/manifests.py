@@ -66,6 +66,22 @@ def render_with(
     return render(folder)
 
 
+def write_deployment(folder: Path, name: str, components: Sequence[Path] = ()) -> Path:
+    """Write the folder that makes a deployment of models, as a user would; return it."""
+    folder.mkdir(parents=True)
+    generator = {"name": f"predict-{name}", "literals": [f"MILLRACE_DEPLOYMENT={name}"]}
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "configMapGenerator": [generator],
+        "components": [
+            os.path.relpath(each, folder.resolve()) for each in (COMPONENTS / "deployment", *components)
+        ],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
 def overlays() -> list[Path]:
     """Return every overlay."""
     return sorted(file.parent for file in OVERLAYS.glob("*/kustomization.yaml"))
