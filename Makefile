@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint unit bench soak asyncapi manifests requirements clean
+.PHONY: help run test check lint unit bench soak images asyncapi manifests requirements clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -40,6 +40,9 @@ bench: $(READY) ## Measure spine, engine and telemetry next to loops written by 
 soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
 	@$(BIN)/millrace soak $(ARGS)
 
+images: $(READY) ## Build all images and run them against real Kafka and PostgreSQL; needs Docker and 40 GB
+	@MILLRACE_TEST_IMAGES=all $(BIN)/python -m pytest tests/e2e/test_images.py -rP $(ARGS)
+
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json
 
@@ -50,8 +53,10 @@ requirements: $(READY) ## Pin what pyproject.toml asks for; UPGRADE=--upgrade fo
 	echo uv | $(BIN)/uv pip compile - $(PINNED) --output-file requirements/uv.txt
 	$(COMPILE) --all-extras --group dev --output-file requirements/all.txt
 	$(COMPILE) --constraint requirements/all.txt --extra gateway --output-file requirements/gateway.txt
-	$(COMPILE) --constraint requirements/all.txt --extra steps --extra models --extra gpu --output-file requirements/predict.txt
-	$(COMPILE) --constraint requirements/all.txt --extra steps --extra database --output-file requirements/store.txt
+	$(COMPILE) --constraint requirements/all.txt --extra steps --extra database --extra gpu --extra cli --output-file requirements/steps.txt
+	$(COMPILE) --constraint requirements/all.txt --extra steps --extra models --extra gpu --output-file requirements/worker.txt
+	$(if $(TORCH_INDEX),$(COMPILE) --constraint requirements/all.txt --extra steps --extra models --extra gpu --index $(TORCH_INDEX) --index-strategy unsafe-best-match --output-file requirements/worker-cpu.txt)
+	echo 'setuptools>=80' | $(BIN)/uv pip compile - --constraint requirements/all.txt $(PINNED) --output-file requirements/build.txt
 
 clean: ## Delete the environment and caches; data stays in .millrace
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,14 +1,20 @@
 """`python -m agents STEP` runs one step in the foreground."""
 
+import os
+import signal
 import sys
-
-from agents.app import STEPS, leave, run
-from pipeline import settings
-from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError
 
 
 def main() -> int:
     """Run the step named on the command line; return the exit code."""
+    # Importing a step with its torch takes seconds, and the first process of a container gets no signal that it
+    # does not handle: a pod that is stopped while it starts would stay until it is killed. Nothing was begun yet.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+
+    from agents.app import STEPS, run
+    from pipeline import settings
+    from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError
+
     if len(sys.argv) != 2:
         print(f"usage: python -m agents {{{','.join(STEPS)}}}", file=sys.stderr)
         return 2
@@ -20,4 +26,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    from agents.app import leave
+
+    leave(code)

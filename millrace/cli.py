@@ -3,6 +3,8 @@
 Each command imports its module when it runs, so that `millrace --help` stays quick and needs no torch.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -76,6 +78,9 @@ class IdSource(StrEnum):
 
 def main() -> None:
     """Run the command line."""
+    if os.getpid() == 1:
+        # The first process of a container gets no signal that it does not handle; commands end as with Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 

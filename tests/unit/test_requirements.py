@@ -16,8 +16,8 @@ EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 FILES = {
     "all.txt": [*EXTRAS, "dev"],
     "gateway.txt": ["gateway"],
-    "predict.txt": ["steps", "vision", "gpu"],
-    "store.txt": ["steps", "database"],
+    "steps.txt": ["steps", "database", "gpu", "cli"],
+    "worker.txt": ["steps", "models", "gpu"],
 }
 
 
@@ -51,7 +51,7 @@ def test_images_get_what_was_tested(name: str) -> None:
     assert pinned(name).items() <= pinned("all.txt").items()
 
 
-@pytest.mark.parametrize("name", [*FILES, "uv.txt"])
+@pytest.mark.parametrize("name", [*FILES, "build.txt", "uv.txt"])
 def test_pins_have_hashes_and_no_addresses(name: str) -> None:
     """Nothing can be installed but the very files that were pinned, from wherever one gets packages."""
     text = (ROOT / "requirements" / name).read_text()
@@ -64,5 +64,5 @@ def test_pins_have_hashes_and_no_addresses(name: str) -> None:
 def test_images_carry_only_their_own() -> None:
     """The gateway's image has no torch and no Faust, a GPU pod no database client, the others no torch."""
     assert not {"torch", "faust-streaming", "pillow", "numpy"} & pinned("gateway.txt").keys()
-    assert not {"asyncpg", "fastapi"} & pinned("predict.txt").keys()
-    assert not {"torch", "fastapi", "pillow"} & pinned("store.txt").keys()
+    assert not {"asyncpg", "fastapi"} & pinned("worker.txt").keys()
+    assert not {"torch", "fastapi", "pillow"} & pinned("steps.txt").keys()
