@@ -128,10 +128,10 @@ class Containers:
             volumes=[(self.volume, DATA, "rw"), (str(self.keys), "/etc/millrace/api-keys", "ro")],
             network_mode="host",
             read_only=True,
-            tmpfs={"/tmp": ""},
             cap_drop=["ALL"],
             security_opt=["no-new-privileges:true"],
         )
+        container.with_tmpfs_mount("/tmp")
         if command is not None:
             container.with_command(list(command))
         self.started.append(container)
