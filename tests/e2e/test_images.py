@@ -25,7 +25,7 @@ NO_TOOLS = """
 import importlib.util, shutil, sys
 found = [name for name in ("pip", "uv", "gcc", "cc", "make", "ld") if shutil.which(name)]
 found += [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) and sys.argv[1] == "strict"]
-sys.exit(", ".join(found))
+sys.exit(", ".join(found) or 0)
 """
 WHERE_IT_WRITES = """
 import os, pathlib
@@ -54,7 +54,7 @@ def empty_database(postgres: str) -> Iterator[str]:
     """URL of a database without tables."""
     name = f"test_{secrets.token_hex(6)}"
     services.run_apart(services.execute(postgres, f"CREATE DATABASE {name}"))
-    yield services.with_database(postgres, name)
+    yield images.with_password(services.with_database(postgres, name))
     services.run_apart(services.execute(postgres, f"DROP DATABASE {name} WITH (FORCE)"))
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from millrace import ports
 from tests.support.eventually import eventually_sync
@@ -65,6 +66,18 @@ def build(target: str) -> str:
     )
     assert built.returncode == 0, built.stderr[-_LOG_BYTES:]
     return name
+
+
+def with_password(dsn: str) -> str:
+    """Return a database's URL without a file of passwords, which a container does not have."""
+    parts = urlsplit(dsn)
+    files = parse_qs(parts.query).get("passfile")
+    if not files:
+        return dsn
+    password = Path(files[0]).read_text().strip().rpartition(":")[2]
+    return parts._replace(
+        netloc=f"{parts.username}:{password}@{parts.hostname}:{parts.port}", query=""
+    ).geturl()
 
 
 @dataclass
