@@ -18,6 +18,7 @@ from millrace import (
     cli_collect,
     cli_feed,
     cli_gpus,
+    cli_k8s,
     cli_measure,
     cli_models,
     cli_operations,
@@ -56,6 +57,7 @@ app.add_typer(cli_autoscale.app)
 app.add_typer(publish_app, name="publish")
 app.add_typer(predictions_app, name="predictions")
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_k8s.app, name="k8s")
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(cli_gpus.gpus_app, name="gpus")
 app.add_typer(cli_gpus.alerts_app, name="alerts")

@@ -18,7 +18,8 @@ class PolicyName(StrEnum):
     lag = "lag"
 
 
-def _rate(text: str, option: str) -> float:
+def rate_of(text: str, option: str) -> float:
+    """Return an option's rate; what is none is a wrong command line."""
     from millrace.plan import parse_rate
 
     try:
@@ -27,7 +28,8 @@ def _rate(text: str, option: str) -> float:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def _seconds(text: str, option: str) -> float:
+def seconds_of(text: str, option: str) -> float:
+    """Return an option's length of time; what is none is a wrong command line."""
     from millrace import durations
 
     try:
@@ -68,8 +70,8 @@ def plan(
 
     What it prints can be given to `kubectl apply -f -`; what it found out stands above it in comments.
     """
-    rates = _rate(rate, "--rate"), _rate(pod_rate, "--pod-rate")
-    lengths = _seconds(deadline, "--deadline"), _seconds(start, "--start")
+    rates = rate_of(rate, "--rate"), rate_of(pod_rate, "--pod-rate")
+    lengths = seconds_of(deadline, "--deadline"), seconds_of(start, "--start")
 
     from loadtest.autoscale.policies import Facts
     from millrace.plan import show_plan
@@ -107,8 +109,8 @@ def bench_autoscale(
     Exit 1 if the deadline policy is late for more than 1 % of the records of a trace, or costs more than 1.3 times
     the optimum.
     """
-    lengths = _seconds(deadline, "--deadline"), _seconds(start, "--start")
-    images_per_second = _rate(pod_rate, "--pod-rate")
+    lengths = seconds_of(deadline, "--deadline"), seconds_of(start, "--start")
+    images_per_second = rate_of(pod_rate, "--pod-rate")
 
     from loadtest.autoscale.bench import Plan
     from millrace import benchmarks
