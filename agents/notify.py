@@ -7,6 +7,7 @@ message may arrive twice when a process dies between the receiver's answer and i
 """
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ import aiohttp
 from agents.delivery import Delivered, Delivery
 from agents.durable import forever, isolate, publish_dead_letter
 from agents.senders import Sender
-from pipeline import events, logs, notifications, receivers, telemetry
+from pipeline import events, logs, metrics, notifications, receivers, telemetry
 from pipeline.broker import Publisher
 from pipeline.errors import ContractError, MillraceError
 from pipeline.notifications import Transition
 from pipeline.postgres import Pool
+from pipeline.receivers import Receiver
 from pipeline.settings import Settings
 from pipeline.telemetry import Alert
 from pipeline.topics import GPU_ALERTS
@@ -30,6 +32,8 @@ log = logs.get(__name__)
 DRAIN_SHARE = 0.1
 BATCH_RECORDS = 500
 BATCH_BYTES = 8 * 1024 * 1024
+# A changed file of receivers is acted on within this.
+LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +53,10 @@ class Notify:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._group = settings.group(self.name)
-        self._receivers = receivers.read(settings.receivers_file)
+        self._file = receivers.follow(settings.receivers_file) if settings.receivers_file else None
+        self._receivers = self._file.newest() if self._file else ()
         self._publisher = Publisher(settings, client_id=self.name)
-        self._senders: list[Sender] = []
+        self._senders: dict[str, tuple[Receiver, Sender, asyncio.Task[None]]] = {}
         self._pool: Pool | None = None
 
     async def start(self) -> None:
@@ -77,12 +82,33 @@ class Notify:
         assert self._pool is not None
         drain_seconds = self._settings.shutdown_grace_seconds * DRAIN_SHARE
         # Through a proxy where the environment names one, as clusters without a way out do.
-        async with aiohttp.ClientSession(trust_env=True, cookie_jar=aiohttp.DummyCookieJar()) as http:
-            self._senders = [Sender(each, self._pool, http, drain_seconds) for each in self._receivers]
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(delivery))
-                for sender in self._senders:
-                    group.create_task(sender.run())
+        async with (
+            aiohttp.ClientSession(trust_env=True, cookie_jar=aiohttp.DummyCookieJar()) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            await self._employ(group, self._pool, http, drain_seconds)
+            group.create_task(self._pump(delivery))
+            while self._file is not None:
+                await asyncio.sleep(LOOK_SECONDS)
+                self._receivers = self._file.newest()
+                await self._employ(group, self._pool, http, drain_seconds)
+
+    async def _employ(
+        self, group: asyncio.TaskGroup, pool: Pool, http: aiohttp.ClientSession, drain_seconds: float
+    ) -> None:
+        """Have one sender for each receiver as it is now, and none for those that were changed or are gone."""
+        wanted = {receiver.name: receiver for receiver in self._receivers}
+        for name, (receiver, _, task) in list(self._senders.items()):
+            if wanted.get(name) != receiver:
+                log.info("no longer sending to a receiver as it was", receiver=name)
+                del self._senders[name]
+                task.cancel()
+                await asyncio.wait({task})
+                with contextlib.suppress(KeyError):  # until it is sent something there is none
+                    metrics.RECEIVER_FAILING.remove(name)
+        for name in wanted.keys() - self._senders.keys():
+            sender = Sender(wanted[name], pool, http, drain_seconds)
+            self._senders[name] = wanted[name], sender, group.create_task(sender.run())
 
     async def reject(self, delivered: Delivered, error: MillraceError) -> None:
         """Dead-letter a record that killed us, unopened."""
@@ -110,7 +136,7 @@ class Notify:
                 await self._dead_letter(item.delivered, refused[item])
             else:
                 item.delivered.finish("stored")
-        for sender in self._senders:
+        for _, sender, _ in self._senders.values():
             sender.wake()
 
     async def _save(self, items: Sequence[Decoded]) -> None:

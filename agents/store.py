@@ -89,7 +89,11 @@ class Store:
         settings = self._settings
         while True:
             try:
-                await vector_indexes.maintain(settings.resolved_database, settings.search_index_embeddings)
+                await vector_indexes.maintain(
+                    settings.resolved_database,
+                    settings.search_index_embeddings,
+                    settings.database_password_file,
+                )
             except MillraceError as error:
                 log.warning("search indexes are left as they are", error=error.message)
             except Exception:

@@ -165,7 +165,9 @@ class SearchBench:
             await database.save(rows, [])
         self._say("building the index")
         began = time.monotonic()
-        built = await vector_indexes.maintain(self._settings.resolved_database, min_rows=len(ids))
+        built = await vector_indexes.maintain(
+            self._settings.resolved_database, len(ids), self._settings.database_password_file
+        )
         seconds = time.monotonic() - began
         if space.index_name not in built:
             raise AssertionError(f"no index was built: {built}")

@@ -218,7 +218,7 @@ def running(settings: Settings, parts: Sequence[str]) -> Iterator[Stack]:
 async def _prepare(settings: Settings, has_database: bool) -> None:
     await broker.apply_topics(settings)
     if has_database:
-        await migrate(settings.resolved_database)
+        await migrate(settings.resolved_database, settings.database_password_file)
 
 
 @contextmanager

@@ -179,7 +179,8 @@ async def migrate(settings: Settings, as_json: bool) -> int:
     """
     from pipeline.database import migrate as apply_migrations
 
-    for name in (applied := await apply_migrations(settings.resolved_database)):
+    applied = await apply_migrations(settings.resolved_database, settings.database_password_file)
+    for name in applied:
         if as_json:
             emit({"migration": name})
         else:

@@ -173,7 +173,9 @@ class _Stack:
         """Apply topics and migrations."""
         async with asyncio.TaskGroup() as group:
             topics = group.create_task(broker.apply_topics(self._settings))
-            group.create_task(migrate(self._settings.resolved_database))
+            group.create_task(
+                migrate(self._settings.resolved_database, self._settings.database_password_file)
+            )
         created = [change.topic for change in topics.result() if change.change != "kept"]
         if created:
             say(f"applied topics: {', '.join(created)}")

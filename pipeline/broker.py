@@ -33,15 +33,13 @@ from pipeline.admin import (
 )
 from pipeline.connections import (
     CONNECT_SECONDS,
-    Stamp,
     UnreachableError,
     backoff_seconds,
     client_options,
-    credential_stamp,
     ping,
     unreachable,
 )
-from pipeline.errors import ConfigurationError, DependencyError, RecordTooLargeError
+from pipeline.errors import DependencyError, RecordTooLargeError
 from pipeline.events import Outgoing
 from pipeline.readers import LiveReader, read_back
 from pipeline.settings import PREFIX, Settings
@@ -70,8 +68,6 @@ MAX_BATCH_BYTES = 256 * 1024
 # socket.request.max.bytes (100 MB): above it the broker cuts the connection, again on every retry.
 MAX_UNACKNOWLEDGED_BYTES = 64 * 1024 * 1024
 REQUEST_SECONDS = 30.0
-# How often a record that waits is looked at: for a warning, and for credentials that were rotated meanwhile.
-_LOOK_SECONDS = 5.0
 _REFUSED_FOR_SIZE = (MessageSizeTooLargeError, RecordListTooLargeError)
 _REFUSED_FOR_RIGHTS = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError, InvalidTopicError)
 
@@ -90,9 +86,8 @@ class Place(msgspec.Struct, frozen=True):
 class _Connection:
     """One aiokafka producer, the topics it has seen, and whether it was given up."""
 
-    def __init__(self, producer: AIOKafkaProducer, credentials: Stamp) -> None:
+    def __init__(self, producer: AIOKafkaProducer) -> None:
         self.producer = producer
-        self.credentials = credentials
         self.topics: set[str] = set()
         #: Sent and not yet acknowledged, or about to be; cancelled when this producer will never send them.
         self.unacknowledged: set[asyncio.Future[Any]] = set()
@@ -168,7 +163,6 @@ class Publisher:
         self._timeout_seconds = timeout_seconds
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
-        self._was_connected = False
         self._closing: set[asyncio.Task[None]] = set()
         self._stopped = False
         self._held_bytes = 0
@@ -308,9 +302,7 @@ class Publisher:
         connection.unacknowledged.add(future)
         future.add_done_callback(connection.unacknowledged.discard)
         future.add_done_callback(_retrieve)
-        while not (await asyncio.wait({future}, timeout=_LOOK_SECONDS))[0]:
-            if connection.credentials != credential_stamp(self._settings):
-                self._give_up(connection, seconds=0.0)
+        await asyncio.wait({future})
         if future.cancelled():
             return None
         error = future.exception()
@@ -341,19 +333,11 @@ class Publisher:
                 raise DependencyError("this publisher was stopped")
             if self._connection is None:
                 self._connection = await self._open()
-                self._was_connected = True
             return self._connection
 
     async def _open(self) -> _Connection:
-        credentials = credential_stamp(self._settings)
-        try:
-            options = client_options(self._settings)
-        except ConfigurationError as error:
-            if self._was_connected:  # half-written files of a rotation: they will be whole in a moment
-                raise DependencyError(error.message) from None
-            raise
         producer = AIOKafkaProducer(
-            **options,
+            **client_options(self._settings),
             client_id=self._client_id,
             enable_idempotence=True,
             acks="all",
@@ -371,7 +355,7 @@ class Publisher:
         except BaseException:
             await producer.stop()
             raise
-        return _Connection(producer, credentials)
+        return _Connection(producer)
 
     def _give_up(self, connection: _Connection, seconds: float = REQUEST_SECONDS) -> None:
         """Use the producer no more, but let it deliver what it holds."""

@@ -1,30 +1,34 @@
 """Reaching the brokers: the options every Kafka client shares, TLS and SASL from files, one ping.
 
-Files are read again when they change, so certificates and passwords may be rotated under a running process.
-Nothing here holds a connection open.
+Files are looked at again for each new connection, so certificates and passwords may be rotated under a running
+process (`docs/rotation.md`). Nothing here holds a connection open.
 """
 
 import asyncio
-import os
+import functools
 import random
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aiokafka import conn as aiokafka_conn
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.conn import AIOKafkaConnection, CloseReason
+from aiokafka.errors import KafkaConnectionError, KafkaError, SaslAuthenticationFailed
+from aiokafka.protocol.admin import SaslAuthenticateRequest
 
-from pipeline import logs
+from pipeline import rotation
 from pipeline.errors import ConfigurationError, DependencyError
+from pipeline.rotation import Rotated
 from pipeline.settings import PREFIX, Settings
 
 CONNECT_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 30.0
-
-Stamp = tuple[tuple[int, int], ...]
-
-_log = logs.get(__name__)
+# Of the lifetime that the broker gives an authenticated connection; as in Kafka's own client (KIP-368).
+_SESSION_SHARE = (0.85, 0.95)
+# Between two looks whether the last answer has come on a connection that takes no more requests.
+_DRAIN_LOOK_SECONDS = 0.05
 
 
 class UnreachableError(DependencyError):
@@ -39,81 +43,138 @@ def backoff_seconds(longest: float = MAX_BACKOFF_SECONDS) -> Iterator[float]:
         wait = min(wait * 2, longest)
 
 
-class _RotatedTLS(ssl.SSLContext):
-    """Reads certificate and authority files again when they changed, at each new connection."""
+class _Connection(AIOKafkaConnection):  # type: ignore[misc]
+    """aiokafka's connection, with the password of the moment, and left before the broker's session on it ends.
 
-    files: tuple[Path | None, Path | None, Path | None] = (None, None, None)
-    stamp: Stamp | None = None
+    aiokafka asks for no second authentication (KIP-368): a broker with `connections.max.reauth.ms` would cut the
+    connection at the next request. This one takes no requests from a while before; the client opens another, and
+    what was asked here is still answered here.
+    """
+
+    _on_close_cb: Any
+    _sasl_plain_password: Any
+    _is_leaving = False
+    _leaving: asyncio.TimerHandle | None = None
+
+    async def connect(self) -> Any:
+        """Open the connection; with a password that was changed and is refused, by the former one."""
+        passwords = self._sasl_plain_password
+        if not isinstance(passwords, Rotated):
+            return await super().connect()
+        on_close = self._on_close_cb
+        *others, last = passwords.candidates()
+        for password in others:
+            try:
+                return await self._connect_by(passwords, password)
+            except SaslAuthenticationFailed:
+                self._on_close_cb = on_close
+        return await self._connect_by(passwords, last)
+
+    async def _connect_by(self, passwords: Rotated[str], password: str) -> Any:
+        self._sasl_plain_password = password
+        try:
+            opened = await super().connect()
+        finally:
+            self._sasl_plain_password = None
+        passwords.accept(password)
+        return opened
+
+    def send(self, request: Any, expect_response: bool = True) -> Any:
+        """Send; the answer to an authentication says how long it holds."""
+        answer = super().send(request, expect_response)
+        return self._noting_session(answer) if isinstance(request, SaslAuthenticateRequest) else answer
+
+    def connected(self) -> bool:
+        """Whether it takes requests."""
+        return not self._is_leaving and super().connected()
+
+    def close(self, reason: Any = None, exc: BaseException | None = None) -> Any:
+        """Close at once."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+        return super().close(reason, exc)
+
+    async def _noting_session(self, answer: Any) -> Any:
+        response = await answer
+        if lifetime_ms := getattr(response, "session_lifetime_ms", 0):
+            seconds = lifetime_ms / 1000 * random.uniform(*_SESSION_SHARE)
+            self._leaving = self._loop.call_later(seconds, self._leave)
+        return response
+
+    def _leave(self) -> None:
+        self._is_leaving = True
+        if self._requests:
+            self._leaving = self._loop.call_later(_DRAIN_LOOK_SECONDS, self._leave)
+        else:
+            self.close(CloseReason.IDLE_DROP)
+
+
+aiokafka_conn.AIOKafkaConnection = _Connection
+
+
+class _RotatedTLS(ssl.SSLContext):
+    """Stands for what the certificate and authority files say at each new connection."""
+
+    source: Rotated[ssl.SSLContext]
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
-        # asyncio calls this once per connection.
-        try:
-            self.read()
-        except (OSError, ConfigurationError) as error:
-            _log.warning("changed TLS files cannot be read, keeping the old ones", error=str(error))
-        return super().wrap_bio(*args, **kwargs)
+        # asyncio calls this once per connection. A context of its own for each state of the files: one cannot
+        # be told to trust an authority no longer.
+        return self.source.newest().wrap_bio(*args, **kwargs)
 
-    def read(self) -> None:
-        stamp = _stamp(self.files)
-        if stamp == self.stamp:
-            return
-        authorities, certificate, key = self.files
+
+@functools.cache
+def _tls(authorities: Path | None, certificate: Path | None, key: Path | None) -> Rotated[ssl.SSLContext]:
+    """Follow the TLS files; one for all clients of the process, which keep the last good state in common."""
+
+    def read() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if authorities:
-                self.load_verify_locations(cafile=authorities)
+                context.load_verify_locations(cafile=authorities)
+            else:
+                context.load_default_certs()
             if certificate:
-                self.load_cert_chain(certificate, key)
+                context.load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
-            names = (
-                f"{PREFIX}KAFKA_TLS_CA_FILE, {PREFIX}KAFKA_TLS_CERTIFICATE_FILE or {PREFIX}KAFKA_TLS_KEY_FILE"
-            )
             raise ConfigurationError(f"{names}: cannot be used ({error})") from None
-        self.stamp = stamp
+        return context
 
-
-def _stamp(files: Sequence[Path | None]) -> Stamp:
-    # Inode too: Kubernetes swaps a symbolic link, and the new file may be as old as the one before.
-    found = (os.stat(path) for path in files if path)
-    return tuple((file.st_mtime_ns, file.st_ino) for file in found)
-
-
-def credential_stamp(settings: Settings) -> Stamp:
-    """Return a value that changes when a credential which aiokafka reads only once was rotated."""
+    names = f"{PREFIX}KAFKA_TLS_CA_FILE, {PREFIX}KAFKA_TLS_CERTIFICATE_FILE or {PREFIX}KAFKA_TLS_KEY_FILE"
+    files = [path for path in (authorities, certificate, key) if path]
     try:
-        return _stamp((settings.kafka_sasl_password_file,))
-    except OSError:
-        return ()
+        return Rotated(names, files, read)
+    except OSError as error:
+        raise ConfigurationError(f"{names}: cannot be used ({error})") from None
+
+
+@functools.cache
+def _password(path: Path) -> Rotated[str]:
+    return rotation.password(f"{PREFIX}KAFKA_SASL_PASSWORD_FILE", path)
 
 
 def client_options(settings: Settings) -> dict[str, Any]:
-    """Return what every aiokafka client needs to reach the brokers; reads the files again at each call.
+    """Return what every aiokafka client needs to reach the brokers; it follows the files from then on.
 
     Raises:
-        ConfigurationError: a TLS or password file cannot be used.
+        ConfigurationError: a TLS or password file cannot be used, and never could in this process.
     """
     options: dict[str, Any] = {
         "bootstrap_servers": settings.resolved_kafka,
         "security_protocol": settings.kafka_security_protocol,
     }
     if "SSL" in settings.kafka_security_protocol:
-        context = _RotatedTLS(ssl.PROTOCOL_TLS_CLIENT)
-        context.files = (
-            settings.kafka_tls_ca_file, settings.kafka_tls_certificate_file, settings.kafka_tls_key_file,
-        )  # fmt: skip
-        if settings.kafka_tls_ca_file is None:
-            context.load_default_certs()
-        context.read()
-        options["ssl_context"] = context
+        options["ssl_context"] = context = _RotatedTLS(ssl.PROTOCOL_TLS_CLIENT)
+        context.source = _tls(
+            settings.kafka_tls_ca_file, settings.kafka_tls_certificate_file, settings.kafka_tls_key_file
+        )
     if "SASL" in settings.kafka_security_protocol:
         assert settings.kafka_sasl_password_file is not None  # settings.py refuses this
-        try:
-            password = settings.kafka_sasl_password_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{PREFIX}KAFKA_SASL_PASSWORD_FILE: {error}") from None
         options |= {
             "sasl_mechanism": settings.kafka_sasl_mechanism,
             "sasl_plain_username": settings.kafka_sasl_username,
-            "sasl_plain_password": password,
+            # Not text: `_Connection` asks it for the password of the moment.
+            "sasl_plain_password": _password(settings.kafka_sasl_password_file),
         }
     return options
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.errors import (
     MissingImageError,
 )
 from pipeline.events import MAX_OBJECT_KEY_CHARACTERS, OBJECT_KEY
+from pipeline.rotation import Rotated
 from pipeline.settings import PREFIX, Settings
 
 T = TypeVar("T")
@@ -71,8 +72,8 @@ def dead_letter_key(group: str, topic: str, partition: int, offset: int) -> str:
 class ObjectStore:
     """One process's way to the object store; safe to use from many tasks at once."""
 
-    def __init__(self, store: Backend, root: Path | None = None) -> None:
-        self._store = store
+    def __init__(self, store: Backend | Rotated[Backend], root: Path | None = None) -> None:
+        self._given = store
         self._root = root
         # obstore's own coroutines abort the process when it ends just after one (tried: 1 in 25); its
         # blocking calls do not, and release the GIL.
@@ -82,19 +83,19 @@ class ObjectStore:
     def open(cls, settings: Settings) -> "ObjectStore":
         """Prepare the store that the settings name; a folder is made, a bucket must exist.
 
-        Credentials come from where the provider's own tools look for them (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
+        Credentials come from where the provider's own tools look for them (`AWS_*`, `GOOGLE_*`, `AZURE_*`), and
+        from the folder that the settings name, which is followed.
 
         Raises:
             ConfigurationError: the URL names no store, or its settings are incomplete.
         """
+        if settings.object_store_credentials is not None:
+            return cls(_follow(settings.resolved_object_store, settings.object_store_credentials))
         url = settings.resolved_object_store
         try:
             parts = urlsplit(url)
             if parts.scheme in _SCHEMES:
-                # No client options: they would replace those from the environment (AWS_ALLOW_HTTP for MinIO).
-                return cls(
-                    from_url(url, retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_SECONDS})
-                )
+                return cls(_bucket(url, {}))
             if parts.scheme == "file" and parts.netloc in {"", "localhost"}:
                 return cls._local(Path(unquote(parts.path)))
             if parts.scheme or not url:
@@ -110,6 +111,10 @@ class ObjectStore:
         folder.mkdir(parents=True, exist_ok=True)
         root = folder.resolve()
         return cls(LocalStore(root, automatic_cleanup=True), root)
+
+    @property
+    def _store(self) -> Backend:
+        return self._given.newest() if isinstance(self._given, Rotated) else self._given
 
     def close(self) -> None:
         """Start no more calls; those that run end by themselves."""
@@ -224,6 +229,38 @@ class ObjectStore:
     def _head(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             obstore.head(self._store, f"{IMAGES_PREFIX}/ping")
+
+
+def _bucket(url: str, config: Mapping[str, str]) -> Backend:
+    """Open a bucket, with what is given in place of what the environment says."""
+    # No client options: they would replace those from the environment (AWS_ALLOW_HTTP for MinIO).
+    retries = {"max_retries": _RETRIES, "retry_timeout": _RETRY_SECONDS}
+    return from_url(url, config=dict(config), retry_config=retries)  # type: ignore[call-overload, no-any-return]
+
+
+def _follow(url: str, folder: Path) -> Rotated[Backend]:
+    """Open a bucket with the variables that the files of a folder are named as; again when they change."""
+    setting = f"{PREFIX}OBJECT_STORE_CREDENTIALS"
+
+    def names() -> list[str]:
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+    def read() -> Backend:
+        try:
+            config = {name: (folder / name).read_text("utf-8").strip() for name in names()}
+            if not config or not all(config.values()):
+                raise ValueError("there is no file in it, or an empty one")
+            return _bucket(url, config)
+        except (BaseError, OSError, ValueError) as error:
+            raise ConfigurationError(f"{setting}: {folder}: {_first_line(error)}") from None
+
+    if urlsplit(url).scheme not in _SCHEMES:
+        raise ConfigurationError(f"{setting}: is for buckets, and {PREFIX}OBJECT_STORE_URL is none")
+    try:
+        # The folder too: Kubernetes changes a link in it.
+        return Rotated(setting, [folder, *(folder / name for name in names())], read)
+    except OSError as error:
+        raise ConfigurationError(f"{setting}: {folder}: {error.strerror}") from None
 
 
 def _check_key(key: str) -> None:

@@ -6,15 +6,19 @@ stand in between in any of its modes. Nothing here knows a table.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 
+from pipeline import rotation
 from pipeline.errors import ConfigurationError, DependencyError, MillraceError, StorageRefusedError
+from pipeline.rotation import Rotated
 from pipeline.settings import PREFIX, Settings
 
 CONNECT_SECONDS = 10.0
@@ -75,6 +79,40 @@ def _sorted(error: asyncpg.PostgresError) -> MillraceError:
     return DependencyError(text)
 
 
+@functools.cache
+def _password(path: Path) -> Rotated[str]:
+    return rotation.password(f"{PREFIX}DATABASE_PASSWORD_FILE", path)
+
+
+async def connect(dsn: str, password_file: Path | None = None, **options: Any) -> asyncpg.Connection:
+    """Connect as asyncpg does, with the password that the file has now; a refused new one by the former.
+
+    What else the URL names (`passfile`, `sslrootcert`, …) asyncpg reads again each time.
+
+    Raises:
+        ConfigurationError: the file cannot be used, and never could in this process.
+        asyncpg.PostgresError, OSError: as asyncpg does.
+    """
+    connection: asyncpg.Connection
+    if password_file is None:
+        connection = await asyncpg.connect(dsn, **options)
+        return connection
+    passwords = _password(password_file)
+    *others, last = passwords.candidates()
+    for password in others:
+        with contextlib.suppress(asyncpg.InvalidPasswordError):
+            return await _connect_by(passwords, password, dsn, options)
+    return await _connect_by(passwords, last, dsn, options)
+
+
+async def _connect_by(
+    passwords: Rotated[str], password: str, dsn: str, options: dict[str, Any]
+) -> asyncpg.Connection:
+    connection: asyncpg.Connection = await asyncpg.connect(dsn, password=password, **options)
+    passwords.accept(password)
+    return connection
+
+
 class Pool:
     """Connections to one database, made when they are needed and again when they are lost."""
 
@@ -88,8 +126,10 @@ class Pool:
         """Prepare a pool without connecting.
 
         Raises:
-            ConfigurationError: the URL cannot be read.
+            ConfigurationError: the URL or the file with the password cannot be read.
         """
+        if settings.database_password_file is not None:
+            _password(settings.database_password_file)
         try:
             pool = await asyncpg.create_pool(
                 settings.resolved_database,
@@ -101,10 +141,13 @@ class Pool:
                 # the statement. Parsing again costs 0.1 ms against a batch of hundreds of rows.
                 statement_cache_size=0,
                 server_settings={"application_name": "millrace"},
+                connect=functools.partial(connect, password_file=settings.database_password_file),
             )
         except (ValueError, asyncpg.InterfaceError, OSError) as error:
             raise ConfigurationError(f"{_URL_SETTING}: {error}") from None
         blame = _URL_SETTING
+        if settings.database_password_file is not None:
+            blame = f"{_URL_SETTING}, {PREFIX}DATABASE_PASSWORD_FILE"
         if settings.database_url is None:
             blame = (
                 f"{PREFIX}DATA_DIR: the PostgreSQL on port {settings.postgres_port} is not that of "
@@ -172,7 +215,7 @@ class Pool:
             return {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
 
 
-async def migrate(dsn: str) -> list[str]:
+async def migrate(dsn: str, password_file: Path | None = None) -> list[str]:
     """Apply the migrations that were not applied yet and return their names.
 
     Each file is one transaction. Safe to run from several processes at once and over and over. A database
@@ -185,7 +228,7 @@ async def migrate(dsn: str) -> list[str]:
     """
     try:
         with sorted_errors():
-            connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, statement_cache_size=0)
+            connection = await connect(dsn, password_file, timeout=CONNECT_SECONDS, statement_cache_size=0)
     except DependencyError as error:
         if isinstance(error.__cause__, asyncpg.PostgresError) and error.__cause__.sqlstate in _MISCONFIGURED:
             raise ConfigurationError(f"{_URL_SETTING}: {error.__cause__}") from None

@@ -19,7 +19,6 @@ from pipeline.connections import (
     CONNECT_SECONDS,
     backoff_seconds,
     client_options,
-    credential_stamp,
     unreachable,
 )
 from pipeline.errors import DependencyError
@@ -106,7 +105,6 @@ class LiveReader:
         self._start = start
         self._client_id = client_id
         self._consumer: AIOKafkaConsumer | None = None
-        self._credentials = credential_stamp(settings)
         self._positions: dict[TopicPartition, int] = {}
         self._ready: deque[Record] = deque()
         self._stopped = False
@@ -135,7 +133,6 @@ class LiveReader:
 
     async def __aiter__(self) -> AsyncIterator[Record]:
         delays = backoff_seconds()
-        silent_since = asyncio.get_running_loop().time()
         while not self._stopped:
             while self._ready:
                 yield self._ready.popleft()
@@ -152,14 +149,6 @@ class LiveReader:
                 _log.warning("reading again", topics=self._topics, error=repr(error))
                 await self._close()
                 await asyncio.sleep(next(delays))
-            now = asyncio.get_running_loop().time()
-            if self._ready:
-                silent_since = now
-            elif now - silent_since > METADATA_SECONDS:
-                silent_since = now
-                # A client keeps the password it was made with: after a rotation it could never connect again.
-                if self._credentials != credential_stamp(self._settings):
-                    await self._close()
 
     async def _fetch(self) -> None:
         consumer = self._consumer
@@ -190,7 +179,6 @@ class LiveReader:
 
     async def _open(self) -> None:
         partitions = await partitions_of(self._settings, self._topics)
-        self._credentials = credential_stamp(self._settings)
         consumer = AIOKafkaConsumer(
             **client_options(self._settings),
             client_id=self._client_id,

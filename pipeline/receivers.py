@@ -1,8 +1,8 @@
 """Receivers: who is told of an alert, and how; read from `MILLRACE_RECEIVERS_FILE`.
 
-The file is YAML. URLs are an operator's word and are called as they are, so whoever can write the file can have
-this machine call any address; nothing that arrives on a topic or over HTTP names one. Secrets stay in files of
-their own, which may be rotated. Matching is pure.
+The file is YAML, and followed when it changes. URLs are an operator's word and are called as they are, so whoever
+can write the file can have this machine call any address; nothing that arrives on a topic or over HTTP names one.
+Secrets stay in files of their own, which may be rotated. Matching is pure.
 """
 
 import base64
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pipeline.errors import ConfigurationError
+from pipeline.rotation import Rotated
 from pipeline.settings import PREFIX
 from pipeline.telemetry import Alert
 
@@ -127,14 +128,24 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     receivers: tuple[Receiver, ...]
 
 
-def read(path: Path | None) -> tuple[Receiver, ...]:
-    """Read and check the file of receivers; none: nobody is told.
+def follow(path: Path) -> Rotated[tuple[Receiver, ...]]:
+    """Read the file as `read` does, and again when it changes; a file that cannot be used changes nothing.
+
+    Raises:
+        ConfigurationError: as `read` does.
+    """
+    try:
+        return Rotated(SETTING, [path], lambda: read(path))
+    except OSError as error:
+        raise ConfigurationError(f"{SETTING}: {path}: {error.strerror}") from None
+
+
+def read(path: Path) -> tuple[Receiver, ...]:
+    """Read and check the file of receivers.
 
     Raises:
         ConfigurationError: one line that says what is wrong, and in which receiver.
     """
-    if path is None:
-        return ()
     try:
         receivers = msgspec.yaml.decode(path.read_bytes(), type=_File).receivers
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
 
     # PostgreSQL and object store
     database_url: str | None = Field(None, description="postgresql://…; none: the embedded PostgreSQL.")
+    database_password_file: Path | None = Field(
+        None, description="File with the password of the database's user, which the URL then must not name."
+    )
     database_pool_size: Count = Field(4, description="Connections one process may hold.")
     search_index_embeddings: Count = Field(
         10_000,
@@ -68,6 +71,12 @@ class Settings(BaseSettings):
     )
     object_store_url: str | None = Field(
         None, description="A folder, file://, s3://, gs:// or az:// URL; none: a folder in the data folder."
+    )
+
+    object_store_credentials: Path | None = Field(
+        None,
+        description="Folder with the bucket's credentials, in files that are named as the provider's variables "
+        "(`AWS_ACCESS_KEY_ID`, …); none: from the environment alone.",
     )
 
     # One machine
@@ -242,8 +251,8 @@ class Settings(BaseSettings):
         "json", description="One JSON object per line, or coloured text."
     )
 
-    @field_validator("api_keys_file", "kafka_sasl_password_file", "kafka_tls_ca_file", "kafka_tls_certificate_file",
-                     "kafka_tls_key_file", "receivers_file")  # fmt: skip
+    @field_validator("api_keys_file", "database_password_file", "kafka_sasl_password_file", "kafka_tls_ca_file",
+                     "kafka_tls_certificate_file", "kafka_tls_key_file", "receivers_file")  # fmt: skip
     @classmethod
     def _is_readable(cls, path: Path | None) -> Path | None:
         if path is not None:
@@ -289,6 +298,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{PREFIX}KAFKA_SASL_USERNAME and {PREFIX}KAFKA_SASL_PASSWORD_FILE: must be set because "
                 f"{PREFIX}KAFKA_SECURITY_PROTOCOL is {self.kafka_security_protocol}"
+            )
+        if self.database_password_file is not None and (
+            self.database_url is None or urlsplit(self.database_url).password is not None
+        ):
+            raise ValueError(
+                f"{PREFIX}DATABASE_PASSWORD_FILE: needs {PREFIX}DATABASE_URL, without a password in it"
             )
         if (self.kafka_tls_certificate_file is None) != (self.kafka_tls_key_file is None):
             raise ValueError(

@@ -6,11 +6,12 @@ build left behind is dropped by the next round. Reading and writing go on meanwh
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 
 from pipeline import logs
-from pipeline.postgres import CONNECT_SECONDS, QUERIES, sorted_errors
+from pipeline.postgres import CONNECT_SECONDS, QUERIES, connect, sorted_errors
 from pipeline.vectors import Space
 
 # "hnswmake" in ASCII; advisory locks are named by a number.
@@ -21,7 +22,7 @@ _LOCK_TIMEOUT = "2s"
 log = logs.get(__name__)
 
 
-async def maintain(dsn: str, min_rows: int) -> list[str]:
+async def maintain(dsn: str, min_rows: int, password_file: Path | None = None) -> list[str]:
     """Drop what broken builds left, drop indexes without vectors, build those that are missing.
 
     Returns the names of the indexes it built; none when another process is at it. Takes as long as building
@@ -31,11 +32,11 @@ async def maintain(dsn: str, min_rows: int) -> list[str]:
         DependencyError: the database does not answer, or does not let us; the next round goes on.
     """
     with sorted_errors():
-        async with _connected(dsn) as guard, guard.transaction():
+        async with _connected(dsn, password_file) as guard, guard.transaction():
             if not await _is_alone(guard):
                 return []
             # Another one, in autocommit: such a build cannot be in a transaction.
-            async with _connected(dsn) as connection:
+            async with _connected(dsn, password_file) as connection:
                 return await _maintain(connection, min_rows)
 
 
@@ -54,9 +55,9 @@ async def _is_alone(guard: asyncpg.Connection) -> bool:
 
 
 @asynccontextmanager
-async def _connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+async def _connected(dsn: str, password_file: Path | None) -> AsyncIterator[asyncpg.Connection]:
     """Connect, without a command timeout: a build takes as long as it takes."""
-    connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, statement_cache_size=0)
+    connection = await connect(dsn, password_file, timeout=CONNECT_SECONDS, statement_cache_size=0)
     try:
         yield connection
     except BaseException:

@@ -35,6 +35,7 @@ class Made:
     pool: Pool
     flaky: ReceiverServer
     down: ReceiverServer
+    file: Path
 
     async def publish(self, *alerts: telemetry.Alert) -> None:
         topic = self.settings.topic(GPU_ALERTS.name)
@@ -74,7 +75,7 @@ async def made(kafka: str, database: str, topic_prefix: str, tmp_path: Path) -> 
             publisher = Publisher(one.settings, client_id="test")
             await publisher.start()
             pool = await Pool.open(one.settings)
-            yield Made(one.settings, one.crew, publisher, pool, flaky, down)
+            yield Made(one.settings, one.crew, publisher, pool, flaky, down, file)
             await pool.close()
             await publisher.stop()
 
@@ -146,3 +147,31 @@ async def test_steps_of_alerts_are_printed(made: Made, capfd: pytest.CaptureFixt
     assert [(line["id"], line["state"]) for line in lines] == [
         (alert(1).id, "firing"), (alert(1).id, "resolved"),
     ]  # fmt: skip
+
+
+async def test_receivers_are_changed(made: Made) -> None:
+    """A changed file of receivers is acted on without a restart; one that cannot be used changes nothing."""
+    notify = made.crew.start(*NOTIFY)
+    await asyncio.to_thread(notify.wait_ready)
+    whole = made.file.read_text()
+    made.file.write_text(whole[: len(whole) // 2])
+
+    async def passed_over() -> bool:
+        return "changed secret cannot be used" in notify.log()
+
+    await eventually(passed_over, 30.0)
+    await made.publish(alert(1))
+    await made.reached("flaky", delivered=1)
+    # Beside the file and then moved over it, as an editor or Kubernetes does.
+    beside = made.file.with_suffix(".new")
+    beside.write_text(f'receivers: [{{name: other, kind: webhook, url: "{made.flaky.url}/other"}}]')
+    beside.rename(made.file)
+
+    async def acted_on() -> bool:
+        return "no longer sending to a receiver as it was" in notify.log()
+
+    await eventually(acted_on, 30.0)
+    await made.publish(alert(2))
+    await made.reached("other", delivered=1)
+    assert await made.statuses("flaky") == {"delivered": 1}
+    assert notify.exit_code is None

