@@ -27,6 +27,7 @@ from loadtest import (
     results,
     search,
     soak,
+    steps_bench,
     telemetry_bench,
 )
 from loadtest.autoscale import bench as autoscale
@@ -172,6 +173,17 @@ def run_autoscale(plan: autoscale.Plan, folder: Path | None, *, as_json: bool, w
     else:
         show_table(autoscale.COLUMNS, autoscale.rows(result))
     return 0 if result.reached else EXIT_FAILED
+
+
+def run_steps(settings: Settings, plan: steps_bench.Plan, *, as_json: bool, write: bool) -> int:
+    """Measure `store` and `archive`; return the exit code."""
+    circumstances, others = report.Circumstances.now(os.getloadavg()[0]), report.Others()
+    _check_folder(write)
+    with running(settings, ()) as stack:
+        result = steps_bench.measure(stack.settings, plan, _worker, circumstances, say)
+    result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
+    _give(result, steps_bench.rows(result), as_json, KEPT / "steps.json" if write else None)
+    return 0
 
 
 def run_soak(settings: Settings, plan: soak.Plan, *, as_json: bool, write: bool) -> int:

@@ -60,7 +60,7 @@ def plan(
     deployment: Annotated[str, typer.Option(help="The deployment of models to be scaled.")] = "default",
     bootstrap_servers: Annotated[
         str, typer.Option(help="Kafka as KEDA reaches it.")
-    ] = "millrace-kafka-bootstrap:9092",
+    ] = "millrace-kafka-bootstrap.millrace.svc:9092",
     prometheus: Annotated[
         str, typer.Option(help="Prometheus as KEDA reaches it.")
     ] = "http://prometheus-operated.monitoring.svc:9090",

@@ -118,6 +118,26 @@ def bench_search(
     run(lambda settings: benchmarks.run_search(settings, plan, as_json=as_json, write=write))
 
 
+@app.command("bench-steps")
+def bench_steps(
+    seed: Seed = 7,
+    predictions: Annotated[int, typer.Option(min=100, help="For `store`, per repeat.")] = 20_000,
+    pictures: Annotated[int, typer.Option(min=100, help="For `archive`, per repeat.")] = 3_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each step.")] = 3,
+    write: Annotated[bool, typer.Option("--write", help="Keep it in docs/benchmarks/steps.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast one `store` and one `archive` work off a backlog.
+
+    What is printed is what the `lagThreshold` of their ScaledObjects is worked out from.
+    """
+    from loadtest.steps_bench import Plan
+    from millrace import benchmarks
+
+    plan = Plan(seed=seed, predictions=predictions, pictures=pictures, repeats=repeats)
+    run(lambda settings: benchmarks.run_steps(settings, plan, as_json=as_json, write=write))
+
+
 @app.command("bench-telemetry")
 def bench_telemetry(
     sections: Annotated[

@@ -71,7 +71,8 @@ class Keda:
         """Return what the HPA is told, once for each of its requests."""
         values = self._read(observed)
         if self.scaled.modifiers is None:
-            return [self._plain(trigger, values[trigger.name]) for trigger in self.scaled.triggers]
+            pods = observed.pods()
+            return [self._plain(trigger, values[trigger.name], pods) for trigger in self.scaled.triggers]
         return [Metric(self._composite(values), self.scaled.modifiers.target)]
 
     def poll(self, now: float, replicas: int, observed: Observed) -> int:
@@ -87,11 +88,12 @@ class Keda:
             return 0
         return max(replicas, minimum)
 
-    def _plain(self, trigger: Trigger, value: float | None) -> Metric:
+    def _plain(self, trigger: Trigger, value: float | None, pods: int) -> Metric:
         target = float(trigger.lag_threshold) if isinstance(trigger, KafkaTrigger) else 1.0
         fallback = self.scaled.fallback
         if value is None and fallback and self._failures[trigger.name] > fallback.failure_threshold:
-            return Metric(target * fallback.replicas, target)
+            replicas = pods if fallback.behavior == "currentReplicas" else fallback.replicas
+            return Metric(target * replicas, target)
         return Metric(value, target)
 
     def _composite(self, values: dict[str, float | None]) -> float | None:

@@ -20,12 +20,12 @@ class KafkaTrigger:
     offset_reset_policy: Literal["latest", "earliest"] = "earliest"
     allow_idle_consumers: bool = True
     limit_to_partitions_with_lag: bool = False
-    bootstrap_servers: str = "millrace-kafka-bootstrap:9092"
+    bootstrap_servers: str = "millrace-kafka-bootstrap.millrace.svc:9092"
     consumer_group: str = "predict.default"
 
     def metadata(self) -> dict[str, str]:
         """Return the trigger's metadata; KEDA wants strings."""
-        return {
+        found = {
             "bootstrapServers": self.bootstrap_servers,
             "consumerGroup": self.consumer_group,
             "topic": self.topic,
@@ -33,8 +33,8 @@ class KafkaTrigger:
             "activationLagThreshold": str(self.activation_lag_threshold),
             "offsetResetPolicy": self.offset_reset_policy,
             "allowIdleConsumers": str(self.allow_idle_consumers).lower(),
-            "limitToPartitionsWithLag": str(self.limit_to_partitions_with_lag).lower(),
         }
+        return found | ({"limitToPartitionsWithLag": "true"} if self.limit_to_partitions_with_lag else {})
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,16 @@ class WorkloadTrigger:
     def metadata(self) -> dict[str, str]:
         """Return the trigger's metadata."""
         return {"podSelector": self.pod_selector, "value": "1"}
+
+
+def labels_of(workload: str) -> dict[str, str]:
+    """Return the labels of a deployment of models, of its pods and of what belongs to it."""
+    return {
+        "app.kubernetes.io/name": "millrace",
+        "app.kubernetes.io/part-of": "millrace",
+        "app.kubernetes.io/component": "predict",
+        "app.kubernetes.io/instance": workload,
+    }
 
 
 Trigger = KafkaTrigger | PrometheusTrigger | WorkloadTrigger
@@ -127,7 +137,7 @@ class Fallback:
 
     failure_threshold: int
     replicas: int
-    behavior: Literal["static", "scalingModifiers"] = "static"
+    behavior: Literal["static", "currentReplicas", "scalingModifiers"] = "static"
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class ScaledObject:
     fallback: Fallback | None = None
     polling_seconds: int = 30
     cooldown_seconds: int = 300
-    name: str = "predict"
+    name: str = "predict-default"
 
     def __post_init__(self) -> None:
         """Refuse what KEDA would take for something else.
@@ -155,6 +165,12 @@ class ScaledObject:
                 raise ValueError(f"{name!r} cannot be used in a formula")
             if self.modifiers and sum(other.startswith(name) for other in names) > 1:
                 raise ValueError(f"the name of trigger {name} begins another's")
+
+    @property
+    def _asked(self) -> dict[str, str]:
+        """Return a label by which kustomize finds those that ask Prometheus, to put its address in."""
+        is_asked = any(isinstance(trigger, PrometheusTrigger) for trigger in self.triggers)
+        return {"millrace/asks": "prometheus"} if is_asked else {}
 
     def manifest(self) -> dict[str, Any]:
         """Return the ScaledObject as Kubernetes has it."""
@@ -194,6 +210,6 @@ class ScaledObject:
         return {
             "apiVersion": "keda.sh/v1alpha1",
             "kind": "ScaledObject",
-            "metadata": {"name": self.name},
+            "metadata": {"name": self.name, "labels": labels_of(self.name) | self._asked},
             "spec": spec,
         }

@@ -18,6 +18,7 @@ from loadtest.autoscale.objects import (
     Signal,
     Step,
     WorkloadTrigger,
+    labels_of,
 )
 from pipeline.topics import IMAGES_BULK, IMAGES_REALTIME
 
@@ -38,6 +39,8 @@ _SLOWER_START = 1.1
 _PAUSES_SECONDS = 30.0
 #: While Prometheus does not answer, lag alone decides, more generously.
 _BLIND = 0.2
+# Matches nothing. Between two of them k8s/strimzi/components/scaling-deadline puts the name of another deployment.
+_MARK = "(?:)"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Facts:
     partitions: int = IMAGES_BULK.partitions
     topic_prefix: str = ""
     deployment: str = "default"
-    bootstrap_servers: str = "millrace-kafka-bootstrap:9092"
+    #: With its namespace: KEDA's operator runs in another one.
+    bootstrap_servers: str = "millrace-kafka-bootstrap.millrace.svc:9092"
     prometheus: str = "http://prometheus-operated.monitoring.svc:9090"
 
     @property
@@ -76,7 +80,7 @@ class Facts:
     @property
     def workload(self) -> str:
         """Return the Deployment's name."""
-        return "predict" if self.deployment == "default" else f"predict-{self.deployment}"
+        return f"predict-{self.deployment}"
 
     @property
     def group(self) -> str:
@@ -85,12 +89,20 @@ class Facts:
 
 
 def lag(facts: Facts, threshold: int | None = None) -> ScaledObject:
-    """Return the policy that looks at lag alone: a threshold for each lane, the HPA as it is by itself."""
+    """Return the policy that looks at lag alone: a threshold for each lane, and quicker up than down."""
     return ScaledObject(
         triggers=_lanes(facts, threshold or facts.lag_threshold),
         min_replicas=facts.min_replicas,
         max_replicas=facts.partitions,
         name=facts.workload,
+        behavior=Behavior(
+            # A tenth less than what is wanted is too few near the most.
+            up=Rules(0, (Step("Pods", 4, 15), Step("Percent", 100, 15)), tolerance=0.0),
+            # Each change stops the group for some seconds: at most one a minute on the way down.
+            down=Rules(300, (Step("Percent", 50, 60),)),
+        ),
+        # Who cannot see Kafka leaves the pods as they are. Not 0 replicas: with those KEDA would not wait.
+        fallback=Fallback(failure_threshold=3, replicas=1, behavior="currentReplicas"),
     )
 
 
@@ -103,7 +115,7 @@ def deadline(facts: Facts) -> ScaledObject:
                 PrometheusTrigger(name, name, query, facts.prometheus)
                 for name, query in queries(facts).items()
             ),
-            WorkloadTrigger("pods", f"app.kubernetes.io/name={facts.workload}"),
+            WorkloadTrigger("pods", _selector(facts)),
         ),
         min_replicas=facts.min_replicas,
         max_replicas=facts.partitions,
@@ -146,18 +158,22 @@ def queries(facts: Facts) -> dict[Signal, str]:
     """Return the Prometheus queries by trigger name: Strimzi's Kafka exporter and the workers' own metrics."""
     topics = "|".join(_topic(facts, lane) for lane in LANES).replace(".", "\\\\.")
     ends = f'kafka_topic_partition_current_offset{{topic=~"{topics}"}}'
-    waiting = f'kafka_consumergroup_lag{{consumergroup="{facts.group}", topic=~"{topics}"}}'
+    group = f"{facts.topic_prefix}predict.{_MARK}{facts.deployment}{_MARK}".replace(".", "\\\\.")
+    waiting = f'kafka_consumergroup_lag{{consumergroup=~"{group}", topic=~"{topics}"}}'
     by_partition = f"sum by (partition) (rate({ends}[15m]))"
     by_lane = f"sum by (topic, partition) (rate({ends}[1m]))"
+    # What a PodMonitor calls the pods of this Deployment alone: predict-default-5d9c7bdb8b-x2x7q.
+    pods = f'pod=~"predict-{_MARK}{facts.deployment}{_MARK}-[^-]+-[^-]+"'
     done, busy = (
-        f"sum(rate({name}[5m]))" for name in ("millrace_batch_size_sum", "millrace_forward_seconds_sum")
+        f"sum(rate({name}{{{pods}}}[5m]))"
+        for name in ("millrace_batch_size_sum", "millrace_forward_seconds_sum")
     )
     return {
         # Of the last two scrapes: a mean over a minute would see a rise a minute late.
         "arrival": f"sum(irate({ends}[1m]))",
         "skew": f"(max({by_partition}) / (sum({by_partition}) > 0)) or vector({1 / facts.partitions:.4f})",
         "waited": f"max(sum by (topic, partition) ({waiting}) / clamp_min({by_lane}, 0.1))",
-        "ready": 'sum(millrace_ready{step="predict"}) or vector(0)',
+        "ready": f'sum(millrace_ready{{step="predict", {pods}}}) or vector(0)',
         # Pictures per busy second, not per second: an idle pod is not a slow one.
         "speed": f"({done} / ({busy} > 0)) or vector({facts.pod_images_per_second:g})",
     }
@@ -175,6 +191,14 @@ def _lanes(facts: Facts, threshold: int) -> tuple[KafkaTrigger, ...]:
         )
         for number, lane in enumerate(LANES)
     )
+
+
+def _selector(facts: Facts) -> str:
+    """Return what selects the pods of the Deployment, and those of no other."""
+    wanted = {
+        name: value for name, value in labels_of(facts.workload).items() if not name.endswith("part-of")
+    }
+    return ",".join(f"{name}={value}" for name, value in wanted.items())
 
 
 def _topic(facts: Facts, lane: str) -> str:

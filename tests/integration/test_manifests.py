@@ -32,7 +32,7 @@ BROUGHT: Mapping[str, Mapping[str, frozenset[str]]] = {
 CLUSTER_SECRETS = {"millrace-cluster-ca-cert": frozenset({"ca.crt"})}
 USER_KEYS = frozenset({"password", "ca.crt", "user.crt", "user.key"})
 # Components that a deployment of models lists in its own folder.
-OF_A_DEPLOYMENT = {"deployment", "gpu-dra"}
+OF_A_DEPLOYMENT = {"deployment", "gpu-dra", "scaling-deadline", "scaling-lag"}
 # Part of base.
 NOT_LISTED = {"pods"}
 # Newer than the oldest Kubernetes that the rest is for.

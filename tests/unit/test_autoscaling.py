@@ -236,6 +236,15 @@ def test_a_formula_that_cannot_be_computed_is_refused_at_once() -> None:
         keda.Keda(ScaledObject((lane(),), 0, 12, modifiers=Modifiers("lag + other")))
 
 
+def test_a_fallback_to_the_current_replicas_changes_nothing() -> None:
+    """While Kafka cannot be seen, the HPA is told of as many replicas as there are, the minimum or not."""
+    scaler = keda.Keda(ScaledObject((lane(),), 0, 12, fallback=Fallback(3, 1, "currentReplicas")))
+    for _ in range(3):
+        assert scaler.metrics(Fixed(None, pods=5)) == [hpa.Metric(None, 10.0)]
+    (metric,) = scaler.metrics(Fixed(None, pods=5))
+    assert hpa.wanted_by(metric, 5, Behavior()) == 5
+
+
 def test_names_that_begin_each_other_are_refused() -> None:
     """KEDA numbers such triggers, and the formula then misses them."""
     two = (WorkloadTrigger("pods", "a=b"), WorkloadTrigger("pods_ready", "a=b"))

@@ -1,11 +1,9 @@
 """`millrace plan`: its numbers, and a ScaledObject that KEDA's own schema accepts."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -15,9 +13,11 @@ from loadtest.autoscale.policies import Facts
 from millrace.cli import app
 from millrace.plan import Planned, parse_rate, plan
 from pipeline.errors import ConfigurationError
+from tests.support import scaling
 
 EXAMPLE = ("plan", "--rate", "50/s", "--deadline", "5s", "--pod-rate", "120/s", "--start", "90s")
 PATIENT = Facts()
+COMPONENTS = Path(__file__).parents[2] / "k8s/strimzi/components"
 
 
 def planned(rate: float, facts: Facts = PATIENT, price: float = 2.0) -> Planned:
@@ -94,28 +94,6 @@ def test_bad_values_are_named(option: str) -> None:
     assert option in result.output
 
 
-def schemas() -> Path:
-    folder = os.environ.get("MILLRACE_SCHEMAS")
-    if not folder:
-        pytest.skip("MILLRACE_SCHEMAS is not set: KEDA's schemas are not checked against")
-    return Path(folder)
-
-
-def strict(schema: Any) -> Any:
-    """Return a CRD's schema in which unknown fields fail."""
-    if isinstance(schema, list):
-        return [strict(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {name: strict(value) for name, value in schema.items()}
-    if "properties" in schema and "additionalProperties" not in schema:
-        open_ended = schema.get("x-kubernetes-preserve-unknown-fields", False)
-        found["additionalProperties"] = bool(open_ended)
-    if schema.get("x-kubernetes-int-or-string"):
-        found.pop("type", None)
-    return found
-
-
 def manifests() -> list[dict[str, Any]]:
     found = []
     for deadline in (300.0, 5.0):
@@ -127,21 +105,21 @@ def manifests() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("manifest", manifests())
 def test_manifests_are_what_keda_takes(manifest: dict[str, Any]) -> None:
     """Both policies' ScaledObjects are valid for KEDA, without a field or trigger parameter it does not know."""
-    crd = yaml.safe_load((schemas() / "keda.sh_scaledobjects.yaml").read_text("utf-8"))
-    schema = strict(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
-    jsonschema.Draft7Validator(schema).validate(manifest)
-    catalogue = json.loads((schemas() / "keda-scalers.json").read_bytes())["scalers"]
-    known = {
-        each["type"]: {parameter["name"]: parameter for parameter in each["parameters"]} for each in catalogue
-    }
-    for trigger in manifest["spec"]["triggers"]:
-        parameters = known[trigger["type"]]
-        assert set(trigger["metadata"]) <= set(parameters)
-        needed = {
-            name
-            for name, parameter in parameters.items()
-            if not parameter.get("optional") and "default" not in parameter
-        }
-        assert needed <= set(trigger["metadata"])
-        assert all(isinstance(value, str) for value in trigger["metadata"].values())
+    scaling.check(manifest)
+
+
+@pytest.mark.parametrize("policy", ["deadline", "lag"])
+def test_the_shipped_scaled_objects_are_planned(policy: str) -> None:
+    """A component's ScaledObject is what `millrace plan` prints for the arguments in its first line."""
+    made_by, _, text = (COMPONENTS / f"scaling-{policy}" / "scaled-object.yaml").read_text().partition("\n")
+    command = made_by.removeprefix("# Made by: millrace ").split()
+    assert command[:3] == ["plan", "--policy", policy]
+    printed = CliRunner().invoke(app, command)
+    assert printed.exit_code == 0
+    assert printed.output == text
+
+
+@pytest.mark.parametrize("manifest", manifests())
+def test_what_is_read_is_what_was_written(manifest: dict[str, Any]) -> None:
+    """The simulator reads from a manifest the object that it was made from."""
+    assert scaling.read(manifest).manifest() == manifest
