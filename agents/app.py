@@ -147,6 +147,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._begin_stop)
+        metrics.show_zeros(self._step.name, [self._settings.topic(topic.name) for topic in self._step.topics])
         await self._site.start()
         ended = await self._until_stopped(self._serve())
         if ended is not None:
@@ -217,6 +218,7 @@ class Worker:
             return
         log.info("stopping")
         self._stopping.set()
+        metrics.READY.labels(self._step.name).set(False)
         timer = threading.Timer(self._settings.shutdown_grace_seconds * 0.95, _exit_hard)
         timer.daemon = True
         timer.start()

@@ -59,6 +59,7 @@ class Delivery:
         self._gap = asyncio.Event()
         self._rejections: set[asyncio.Future[None]] = set()
         self._broken: BaseException | None = None
+        self._topics_with_lag: set[str] = set()
         self.joined = False
 
     # What a step uses
@@ -277,7 +278,8 @@ class Delivery:
         what lies below the partition's beginning was deleted unread.
         """
         self._gap.clear()
-        lag: dict[str, int] = {}
+        # A topic of which nothing is owned any more is another worker's to count.
+        lag = dict.fromkeys(self._topics_with_lag, 0)
         for place, start in starts.items():
             partition = self._partitions.get(place)
             if partition is None:
@@ -292,6 +294,7 @@ class Delivery:
             behind = max(0, start.end - max(done, start.beginning))
             partition.end, partition.end_seen_at = start.end, time.monotonic()
             lag[partition.topic] = lag.get(partition.topic, 0) + behind
+        self._topics_with_lag = {topic for topic, _ in self._partitions}
         for topic, records in lag.items():
             metrics.LAG_RECORDS.labels(self._step, topic).set(records)
 
@@ -311,6 +314,9 @@ class Delivery:
         if partition.uncommitted_since is None:
             partition.uncommitted_since = time.monotonic()
         metrics.RECORDS_FINISHED.labels(self._step, delivered.lane, outcome).inc()
+        # Wall clocks of two machines: a publisher that is ahead is not in the future.
+        age_seconds = max(0.0, time.time() - delivered.record.timestamp_ms / 1000)
+        metrics.AGE_SECONDS.labels(self._step, delivered.lane).observe(age_seconds)
         if delivered.is_buffered:
             partition.buffered -= 1
             partition.buffered_bytes -= delivered.size_bytes

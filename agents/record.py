@@ -94,6 +94,9 @@ class Record:
             lambda: TelemetryDatabase.open(self._settings), step=self.name, dependency="database"
         )
         await self._publisher.start()
+        for state in ("pending", "firing", "resolved"):
+            for severity in ("info", "warning", "critical"):
+                metrics.ALERT_STEPS.labels(state, severity)
 
     async def stop(self) -> None:
         """Close both."""

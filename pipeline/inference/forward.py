@@ -141,6 +141,7 @@ class Forward:
             results = self._pass(works)
             if self._meter is not None:
                 energy = self._meter.end()
+                metrics.FORWARD_JOULES.inc(energy.joules or 0.0)
         except Exception as error:  # a model may raise anything
             reason, is_memory = self._reason(error), _is_out_of_memory(error)
             is_output = isinstance(error, _WrongOutputError)

@@ -1,6 +1,7 @@
 """Delivery without Kafka: what is handed out, paused, handed over and committed."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 
 import pytest
@@ -325,6 +326,39 @@ async def test_what_retention_took_is_counted_once() -> None:
     assert expired() == before + 5 + 35 - 22  # 22 to 34 are gone, 35 to 39 were something else
     bench.delivery.observe_ends({(BULK, 0): Start(10, "", 50, 100)})
     assert expired() == before + 5 + 35 - 22
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, {"step": "test", **labels}) or 0.0
+
+
+async def test_lag_of_partitions_that_went_to_another_worker_is_not_counted() -> None:
+    """A worker that owns nothing of a topic any more says 0, not what it saw last."""
+    bench = Bench()
+    bench.assign(REALTIME, BULK)
+    starts = {(topic, 0): Start(None, "", 0, 100) for topic in (REALTIME, BULK)}
+    bench.delivery.observe_ends(starts)
+    assert [sample("millrace_lag_records", topic=topic) for topic in (REALTIME, BULK)] == [100, 100]
+    await bench.delivery.hand_over([(BULK, 0)], deadline_seconds=1.0)
+    bench.delivery.observe_ends({(REALTIME, 0): starts[REALTIME, 0]})
+    assert [sample("millrace_lag_records", topic=topic) for topic in (REALTIME, BULK)] == [100, 0]
+
+
+async def test_the_age_of_what_is_finished_is_observed() -> None:
+    """A record's age counts from its timestamp in Kafka; a publisher whose clock is ahead makes it 0."""
+    bench = Bench()
+    bench.assign(BULK)
+    count, total = (sample(f"millrace_age_seconds_{kind}", lane="bulk") for kind in ("count", "sum"))
+    now = time.time()
+    for offset, timestamp in enumerate((now - 100, now + 100)):
+        record = Record(topic=BULK, partition=0, offset=offset, timestamp_ms=round(timestamp * 1000))
+        bench.delivery.fetched((BULK, 0), GENERATION, [record], offset + 1)
+        bench.delivery.received((BULK, 0), GENERATION, offset)
+    for delivered in await bench.take():
+        assert delivered.claim()
+        delivered.finish("predicted")
+    assert sample("millrace_age_seconds_count", lane="bulk") == count + 2
+    assert 100 <= sample("millrace_age_seconds_sum", lane="bulk") - total < 150
 
 
 async def test_a_gap_is_looked_at_soon() -> None:

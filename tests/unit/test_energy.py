@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from pipeline.energy import Energy, EnergyMeter, meter_of
 from pipeline.models import Output
@@ -82,6 +83,7 @@ async def test_receipts_share_the_energy_of_their_batch(
     """Each picture of a batch is charged an equal part, which is no less than what the GPU draws idle."""
     script.set({"gpu.1.power": 80_000, "gpu.1.energy": 1_000_000})
     meter = meter_of(CUDA)
+    counted = REGISTRY.get_sample_value("millrace_forward_joules_total") or 0.0
     monkeypatch.setattr("pipeline.inference.engine.meter_of", lambda device: meter)
     drawn = 1_000_000
 
@@ -105,6 +107,10 @@ async def test_receipts_share_the_energy_of_their_batch(
         assert receipt.joules == batches[receipt.batch_id].joules
         assert receipt.idle_joules <= 80 * receipt.forward_seconds / (receipt.batch_size or 1) + 1e-6
     assert mapped == [CUDA] * 2 * len(batches)
+    charged = sum(receipt.joules or 0.0 for receipt in receipts)
+    assert REGISTRY.get_sample_value("millrace_forward_joules_total") == pytest.approx(
+        counted + charged, abs=1e-4
+    )
 
 
 def test_what_nvml_does_not_say_is_absent(script: Script, clock: Clock) -> None:

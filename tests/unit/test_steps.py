@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from agents import app
-from pipeline import settings
+from pipeline import metrics, settings
 
 
 @pytest.mark.parametrize("name", app.STEPS)
@@ -28,3 +29,12 @@ __main__.main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_alerts_ask_about_is_there_before_it_happens() -> None:
+    """A worker shows 0 of what has not happened: Prometheus sees no increase from nothing to 1."""
+    metrics.show_zeros("nobody", ["some.topic"])
+    labels = {"step": "nobody"}
+    assert REGISTRY.get_sample_value("millrace_ready", labels) == 0
+    assert REGISTRY.get_sample_value("millrace_dead_letters_total", {**labels, "code": "process_killed"}) == 0
+    assert REGISTRY.get_sample_value("millrace_offsets_expired_total", {**labels, "topic": "some.topic"}) == 0
