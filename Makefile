@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint unit bench soak cluster-check images asyncapi manifests requirements clean
+.PHONY: help run test check lint unit bench soak cluster-check images asyncapi manifests dashboards requirements clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -40,20 +40,21 @@ bench: $(READY) ## Measure spine, engine and telemetry next to loops written by 
 soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
 	@$(BIN)/millrace soak $(ARGS)
 
-<<<<<<< HEAD
 images: $(READY) ## Build all images and run them against real Kafka and PostgreSQL; needs Docker and 40 GB
 	@MILLRACE_TEST_IMAGES=all $(BIN)/python -m pytest tests/e2e/test_images.py -rP $(ARGS)
-=======
+
 # Once half an hour of building; two minutes from then on. Wants MILLRACE_SCHEMAS, a folder with the custom resource definitions.
 cluster-check: $(READY) ## Apply the manifests to a real API server, which is built from the Go module proxy
 	@MILLRACE_TEST_KUBE=$$($(BIN)/python -m tests.cluster.programs) $(BIN)/python -m pytest tests/cluster $(ARGS)
->>>>>>> a50f2ca (Render manifests for other names, look at clusters, try both on an API server)
 
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json
 
 manifests: $(READY) ## Write the KafkaTopics and KafkaUsers from the tables of topics and rights
 	@$(BIN)/python -m pipeline.strimzi
+
+dashboards: $(READY) ## Make the JSON of Grafana dashboards from the YAML beside it
+	@$(BIN)/python -m millrace.dashboards
 
 requirements: $(READY) ## Pin what pyproject.toml asks for; UPGRADE=--upgrade for newer versions
 	echo uv | $(BIN)/uv pip compile - $(PINNED) --output-file requirements/uv.txt

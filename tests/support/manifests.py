@@ -7,6 +7,7 @@ them is an error, never a skip.
 
 import fcntl
 import functools
+import json
 import os
 import re
 import shutil
@@ -193,6 +194,13 @@ def install(module: str) -> Path:
             _run([str(go()), "install", module], BUILD_SECONDS, {"GOBIN": str(folder / "new")})
             (folder / "new" / target.name).rename(target)
     return target
+
+
+@functools.cache
+def module(name: str) -> Path:
+    """Return the folder of a Go module, `path@version`, fetched from the module proxy if it is not there yet."""
+    said = _run([str(go()), "mod", "download", "-json", name], BUILD_SECONDS, {"GOFLAGS": "-mod=mod"})
+    return Path(json.loads(said)["Dir"])
 
 
 def _built() -> Path:

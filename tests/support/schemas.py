@@ -1,7 +1,8 @@
 """Validates manifests as an API server would that refuses unknown fields.
 
 Schemas of Kubernetes' own kinds come with the package kubernetes-validate, those of custom kinds from the folder
-that `MILLRACE_SCHEMAS` names: custom resource definitions, as published. Rules in CEL are not evaluated here.
+that `MILLRACE_SCHEMAS` names: custom resource definitions, as published. What is not there comes from the Go module
+that publishes it. Rules in CEL are not evaluated here.
 """
 
 import copy
@@ -16,11 +17,25 @@ import yaml
 from kubernetes_validate import utils
 from referencing import Registry, Resource
 
-from tests.support.manifests import Manifest
+from tests.support.manifests import Manifest, module
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML 1.1 has a type of its own for a lone `=`, which definitions mean as text."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: node.value)
 
 # The oldest that the manifests are for, see docs/kubernetes.md.
 OLDEST_KUBERNETES = "1.33"
 _VARIABLE = "MILLRACE_SCHEMAS"
+#: Custom kinds whose definition is a file of a Go module.
+_OF_MODULES = {
+    "AlertmanagerConfig": (
+        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+        "example/prometheus-operator-crd/monitoring.coreos.com_alertmanagerconfigs.yaml",
+    )
+}
 
 
 class NoSchemaError(LookupError):
@@ -68,6 +83,9 @@ def _kubernetes(folder: str, version: str) -> Registry[Any]:
 
 def _definition(api_version: str, kind: str) -> dict[str, Any]:
     named = os.environ.get(_VARIABLE)
+    if kind in _OF_MODULES:
+        name, file = _OF_MODULES[kind]
+        named = str(module(name) / file)
     if not named:
         raise NoSchemaError(
             f"{_VARIABLE} names no folder with custom resource definitions: {kind} is not checked"
@@ -85,8 +103,8 @@ def _definition(api_version: str, kind: str) -> dict[str, Any]:
 @functools.cache
 def _definitions(folder: Path) -> Sequence[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("*.yaml")):
-        documents = yaml.load_all(file.read_text("utf-8"), Loader=yaml.CSafeLoader)
+    for file in [folder] if folder.is_file() else sorted(folder.glob("*.yaml")):
+        documents = yaml.load_all(file.read_text("utf-8"), Loader=_Loader)
         found.extend(each for each in documents if each and each.get("kind") == "CustomResourceDefinition")
     return found
 
