@@ -56,7 +56,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM build AS worker-cpu-packages
 ARG TORCH_INDEX=
 ARG WORKER_CPU_REQUIREMENTS=requirements/worker.txt
-COPY requirements requirements
+COPY requirements/worker*.txt requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \
     python3 -m pip --python /opt/millrace/bin/python install --quiet --require-hashes \

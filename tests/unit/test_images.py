@@ -142,7 +142,7 @@ def test_dockerfile_copies_what_is_there() -> None:
         for instruction, rest in stage:
             if instruction == "COPY" and "--from=" not in rest:
                 for source in rest.split()[:-1]:
-                    assert (ROOT / source).exists(), source
+                    assert list(ROOT.glob(source)), source
                     assert source.split("/")[0] in sent, source
     assert "://" not in (ROOT / "Dockerfile").read_text()
     installs = re.findall(
