@@ -23,8 +23,9 @@ from tests.support.manifests import COMPONENTS, Manifest, find, name_of, of_kind
 BROUGHT: Mapping[str, Mapping[str, frozenset[str]]] = {
     "dev": {},
     "production": {
-        "millrace-database": frozenset({"url"}),
+        "millrace-database": frozenset({"url", "password"}),
         "millrace-api-keys": frozenset({"keys"}),
+        "millrace-object-store": frozenset(),
         "millrace-receivers": frozenset({"receivers.yaml"}),
     },
 }
@@ -32,7 +33,7 @@ BROUGHT: Mapping[str, Mapping[str, frozenset[str]]] = {
 CLUSTER_SECRETS = {"millrace-cluster-ca-cert": frozenset({"ca.crt"})}
 USER_KEYS = frozenset({"password", "ca.crt", "user.crt", "user.key"})
 # Components that a deployment of models lists in its own folder.
-OF_A_DEPLOYMENT = {"deployment", "gpu-dra", "scaling-deadline", "scaling-lag"}
+OF_A_DEPLOYMENT = {"deployment", "gpu-dra", "scaling-deadline", "scaling-lag", "secured-deployment"}
 # Part of base.
 NOT_LISTED = {"pods"}
 # Newer than the oldest Kubernetes that the rest is for.

@@ -29,6 +29,8 @@ POSTGRESQL = 5432
 HTTPS = 443
 # Receivers of alerts: what notify calls is the operator's word.
 CALLS_OTHERS = {"notify"}
+# What opens the object store; `predict` fetches weights of models, too.
+USES_OBJECTS = {"gateway", "archive", "predict", "retention"}
 
 
 def overlay(name: str) -> tuple[Manifest, ...]:
@@ -176,7 +178,7 @@ def test_pods_reach_what_they_need_and_no_more(name: str) -> None:
         if f"{PREFIX}DATABASE_URL" in values:
             wanted.add(POSTGRESQL)
         component = pods.component(template)
-        if component in CALLS_OTHERS or uses_objects(template):
+        if component in CALLS_OTHERS | USES_OBJECTS:
             wanted.add(HTTPS)
         allowed = {
             port["port"]
@@ -187,15 +189,6 @@ def test_pods_reach_what_they_need_and_no_more(name: str) -> None:
         # All client listeners are allowed in one line; the broker decides whom it lets in at which.
         assert allowed - {9092, 9093, 9094} == wanted - {broker}, name_of(workload)
         assert broker in allowed, name_of(workload)
-
-
-def uses_objects(template: Manifest) -> bool:
-    """Say whether a pod gets the object store's credentials."""
-    sources = pods.main_container(template).get("envFrom", [])
-    volumes = template["spec"].get("volumes", [])
-    named = [source.get("secretRef", {}).get("name") for source in sources]
-    named += [volume.get("secret", {}).get("secretName") for volume in volumes]
-    return "millrace-object-store" in named
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -216,6 +209,23 @@ def test_who_is_let_in(name: str) -> None:
         assert served <= scraped, name_of(workload)
         others = {port for source, port in let_in if source.get("namespaceSelector") != monitoring}
         assert others <= ({"http"} if pods.component(template) == "gateway" else set()), name_of(workload)
+
+
+@pytest.mark.parametrize("component", ["objects-volume", "object-store-credentials"])
+def test_the_object_store_is_given_to_those_that_use_it(component: str, tmp_path: Path) -> None:
+    """A volume with objects, or a bucket's credentials, go to the pods that open the store and to no others."""
+    deployment = manifests.write_deployment(tmp_path / "predict-default", "default")
+    plain = manifests.render_with(tmp_path / "without", [], [manifests.BASE, deployment])
+    given = manifests.render_with(
+        tmp_path / "with", [manifests.COMPONENTS / component], [manifests.BASE, deployment]
+    )
+    before = {name_of(workload): template for workload, template in pods.of_ours(plain)}
+    changed = {
+        pods.component(template)
+        for workload, template in pods.of_ours(given)
+        if template["spec"]["volumes"] != before[name_of(workload)]["spec"]["volumes"]
+    }
+    assert changed == USES_OBJECTS
 
 
 def policies(rendered: tuple[Manifest, ...], template: Manifest) -> list[Manifest]:
