@@ -314,9 +314,10 @@ class Delivery:
         if partition.uncommitted_since is None:
             partition.uncommitted_since = time.monotonic()
         metrics.RECORDS_FINISHED.labels(self._step, delivered.lane, outcome).inc()
-        # Wall clocks of two machines: a publisher that is ahead is not in the future.
-        age_seconds = max(0.0, time.time() - delivered.record.timestamp_ms / 1000)
-        metrics.AGE_SECONDS.labels(self._step, delivered.lane).observe(age_seconds)
+        if delivered.record.timestamp_ms > 0:  # a producer may leave it out
+            # Wall clocks of two machines: a publisher that is ahead is not in the future.
+            age_seconds = max(0.0, time.time() - delivered.record.timestamp_ms / 1000)
+            metrics.AGE_SECONDS.labels(self._step, delivered.lane).observe(age_seconds)
         if delivered.is_buffered:
             partition.buffered -= 1
             partition.buffered_bytes -= delivered.size_bytes

@@ -49,7 +49,7 @@ def _dashboard(said: Json) -> Json:
         "annotations": {"list": [_alerts()]},
         "links": [
             {"type": "dashboards", "title": "Millrace", "tags": ["millrace"], "asDropdown": True, "keepTime": True,
-             "includeVars": True}
+             "includeVars": True, "icon": "external link", "targetBlank": False, "tooltip": ""}
         ],
         "templating": {"list": [*_variables(), *map(_constant, said.get("constants", []))]},
         "panels": list(_panels(said["rows"])),
