@@ -21,7 +21,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, ...]:
 
 @functools.cache
 def _render(folder: Path) -> tuple[Manifest, ...]:
-    components = [manifests.COMPONENTS / name for name in ("collector", "monitoring")]
+    components = [manifests.COMPONENTS / name for name in ("collector", "monitoring", "alert-routes")]
     return manifests.render_with(
         folder, components, [manifests.BASE, manifests.OVERLAYS / "dev" / "predict-default"]
     )
