@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint unit bench soak cluster-check images asyncapi manifests dashboards requirements clean
+.PHONY: help run test check lint unit bench soak cluster-check kube-score images asyncapi manifests dashboards requirements clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -46,6 +46,9 @@ images: $(READY) ## Build all images and run them against real Kafka and Postgre
 # Once half an hour of building; two minutes from then on. Wants MILLRACE_SCHEMAS, a folder with the custom resource definitions.
 cluster-check: $(READY) ## Apply the manifests to a real API server, which is built from the Go module proxy
 	@MILLRACE_TEST_KUBE=$$($(BIN)/python -m tests.cluster.programs) $(BIN)/python -m pytest tests/cluster $(ARGS)
+
+kube-score: $(READY) ## Have kube-score look at the manifests; each exception is explained in tests/support/kube_score.py
+	@$(BIN)/python -m tests.support.kube_score && echo "nothing that is not explained"
 
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json
