@@ -190,11 +190,15 @@ def test_keda_proves_who_it_is(way: str, tmp_path: Path) -> None:
     assert all(known[name].get("triggerAuthenticationVariableReadable") for name in given)
 
 
-def test_development_has_no_keys() -> None:
-    """Without TLS no trigger has a TriggerAuthentication, and there is none."""
-    rendered = manifests.render(manifests.OVERLAYS / "dev")
-    assert manifests.of_kind(rendered, "TriggerAuthentication") == []
-    assert [each for each in triggers(rendered, "kafka") if "authenticationRef" in each] == []
+@ANY
+def test_keys_are_where_kafka_wants_them(overlay: Path) -> None:
+    """Where pods prove who they are KEDA does too, in every trigger of Kafka; without that it has no key."""
+    rendered = manifests.render(overlay)
+    is_secured = manifests.of_kind(rendered, "KafkaUser") != []
+    assert is_secured == (overlay.name == "production")
+    found = [each.get("authenticationRef") for each in triggers(rendered, "kafka")]
+    assert found == [{"name": "kafka"} if is_secured else None] * 10
+    assert len(manifests.of_kind(rendered, "TriggerAuthentication")) == int(is_secured)
 
 
 @pytest.mark.parametrize("policy", ["lag", "deadline"])
