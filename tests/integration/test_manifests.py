@@ -288,7 +288,7 @@ def test_variants_of_gpus_take_the_place_of_the_whole(name: str, limits: set[str
 
 
 def test_a_deployment_of_models_is_a_few_lines(tmp_path: Path) -> None:
-    """The example in components/deployment, as it stands there, adds a second deployment beside the first."""
+    """The example in components/deployment, as it stands there, adds a second deployment to production."""
     folder = tmp_path / "predict-wildlife"
     folder.mkdir()
     example = yaml.safe_load(example_of(COMPONENTS / "deployment" / "kustomization.yaml"))
@@ -296,19 +296,38 @@ def test_a_deployment_of_models_is_a_few_lines(tmp_path: Path) -> None:
         os.path.relpath(COMPONENTS / Path(each).name, folder.resolve()) for each in example["components"]
     ]
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(example))
-    default = manifests.write_deployment(tmp_path / "predict-default", "default")
-    rendered = manifests.render_with(tmp_path, [], [manifests.BASE, default, folder])
+    production = manifests.OVERLAYS / "production"
+    listed = yaml.safe_load((production / "kustomization.yaml").read_text("utf-8"))["components"]
+    rendered = manifests.render_with(
+        tmp_path,
+        [COMPONENTS / Path(each).name for each in listed],
+        [manifests.BASE, production / "predict-default", folder],
+    )
     wildlife = pod_template(find(rendered, "Deployment", "predict-wildlife"))
+    default = pod_template(find(rendered, "Deployment", "predict-default"))
     assert wildlife is not None
-    assert pods.labels(wildlife)["app.kubernetes.io/instance"] == "predict-wildlife"
+    assert default is not None
     values = pods.environment(pods.main_container(wildlife), rendered)
     assert values["MILLRACE_DEPLOYMENT"] == "wildlife"
     assert values["MILLRACE_MODELS"] == "torchvision:efficientnet_v2_s"
-    budget = find(rendered, "PodDisruptionBudget", "predict-wildlife")
-    assert selects(budget["spec"]["selector"], pods.labels(wildlife))
-    other = pod_template(find(rendered, "Deployment", "predict-default"))
-    assert other is not None
-    assert not selects(budget["spec"]["selector"], pods.labels(other))
+    assert values["MILLRACE_KAFKA_SASL_USERNAME"] == "predict-wildlife"
+    budget = find(rendered, "PodDisruptionBudget", "predict-wildlife")["spec"]["selector"]
+    assert [selects(budget, pods.labels(each)) for each in (wildlife, default)] == [True, False]
+    monitors = [each["spec"]["selector"] for each in of_kind(rendered, "PodMonitor")]
+    assert any(selects(each, pods.labels(wildlife)) for each in monitors)
+    scaler = find(rendered, "ScaledObject", "predict-wildlife")
+    assert scaler["spec"]["scaleTargetRef"]["name"] == "predict-wildlife"
+    groups = {trigger["metadata"].get("consumerGroup") for trigger in scaler["spec"]["triggers"]} - {None}
+    assert groups == {"predict.wildlife"}
+    user = find(rendered, "KafkaUser", "predict-wildlife")
+    readable = [
+        acl["resource"] for acl in user["spec"]["authorization"]["acls"] if acl["resource"]["type"] == "group"
+    ]
+    assert [each["name"] for each in readable] == ["predict.wildlife"]
+    # Nothing of the one's name is left in the other's objects.
+    for each in rendered:
+        if each["metadata"]["name"].startswith("predict-wildlife"):
+            assert "default" not in yaml.safe_dump(each).replace("defaultMode", ""), name_of(each)
 
 
 @functools.cache
