@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import promql_parser as promql
+import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
 from millrace import dashboards
 from pipeline import metrics
+from tests.support.manifests import COMPONENTS
 from tests.support.promtool import rules
 
 _OTHERS = Path(__file__).resolve().parents[2] / "docs" / "monitoring.md"
@@ -51,6 +53,22 @@ def all_rules() -> list[dict[str, Any]]:
     return [rule for spec in rules().values() for group in spec["groups"] for rule in group["rules"]]
 
 
+def of_scaled_objects() -> list[Query]:
+    """Return what KEDA asks Prometheus."""
+    documents = [
+        each
+        for file in sorted(COMPONENTS.glob("scaling-*/*.yaml"))
+        for each in yaml.safe_load_all(file.read_text("utf-8"))
+    ]
+    return [
+        Query(f"KEDA: {trigger['name']}", trigger["metadata"]["query"])
+        for each in documents
+        if each["kind"] == "ScaledObject"
+        for trigger in each["spec"]["triggers"]
+        if trigger["type"] == "prometheus"
+    ]
+
+
 def alerts() -> list[dict[str, Any]]:
     return [rule for rule in all_rules() if "alert" in rule]
 
@@ -62,7 +80,7 @@ def queries() -> list[Query]:
         )
         for rule in all_rules()
     ]
-    return found + of_dashboards()
+    return found + of_dashboards() + of_scaled_objects()
 
 
 def parse(text: str) -> promql.Expr:

@@ -1,4 +1,4 @@
-"""Dashboards and alerts ask for what is there, and say what to do."""
+"""Dashboards, alerts and KEDA ask for what is there, and say what to do."""
 
 import json
 import re
