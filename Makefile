@@ -43,7 +43,7 @@ soak: $(READY) ## Ten minutes of load: flat memory, flat ledger depth
 images: $(READY) ## Build all images and run them against real Kafka and PostgreSQL; needs Docker and 40 GB
 	@MILLRACE_TEST_IMAGES=all $(BIN)/python -m pytest tests/e2e/test_images.py -rP $(ARGS)
 
-# Once half an hour of building; two minutes from then on. Wants MILLRACE_SCHEMAS, a folder with the custom resource definitions.
+# Once 20 minutes of building (on two busy cores), a minute from then on. Wants MILLRACE_SCHEMAS, a folder with the custom resource definitions.
 cluster-check: $(READY) ## Apply the manifests to a real API server, which is built from the Go module proxy
 	@MILLRACE_TEST_KUBE=$$($(BIN)/python -m tests.cluster.programs) $(BIN)/python -m pytest tests/cluster $(ARGS)
 

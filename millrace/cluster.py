@@ -143,11 +143,14 @@ def _keys(kubectl: Kubectl, kind: str, here: str) -> dict[str, list[str]]:
 
 
 def _names(scaled_objects: list[Item]) -> list[tuple[str, str]]:
-    return [
-        (each["metadata"]["name"], metric)
-        for each in scaled_objects
-        for metric in each.get("status", {}).get("externalMetricNames", [])
-    ]
+    """Return what the HPAs of ScaledObjects ask for: one metric per trigger, or the formula's."""
+    asked = []
+    for each in scaled_objects:
+        status = each.get("status", {})
+        formula = status.get("compositeScalerName")
+        names = [formula] if formula else status.get("externalMetricNames", [])
+        asked.extend((each["metadata"]["name"], name) for name in names)
+    return asked
 
 
 def _metric(kubectl: Kubectl, namespace: str, scaled_object: str, name: str) -> Metric:

@@ -43,10 +43,24 @@ def references(workload: Item) -> Iterator[Reference]:
             for kind, field in (("secret", "secretRef"), ("configmap", "configMapRef")):
                 if (chosen := whole.get(field)) and not chosen.get("optional"):
                     yield kind, chosen["name"], ""
+    yield from _named_files(pod)
     for volume in pod.get("volumes", []):
         yield from _mounted(volume)
         for source in volume.get("projected", {}).get("sources", []):
             yield from _mounted(source)
+
+
+def _named_files(pod: Item) -> Iterator[Reference]:
+    """Tell which keys of mounted secrets are named by a variable, as in PASSWORD_FILE=/etc/secret/password."""
+    secrets = {
+        each["name"]: each["secret"]["secretName"] for each in pod.get("volumes", []) if "secret" in each
+    }
+    for container in containers(pod):
+        files = [each["value"] for each in container.get("env", []) if "/" in each.get("value", "")]
+        for mount in container.get("volumeMounts", []):
+            for path in files:
+                if mount["name"] in secrets and path.startswith(f"{mount['mountPath']}/"):
+                    yield "secret", secrets[mount["name"]], path.removeprefix(f"{mount['mountPath']}/")
 
 
 def _mounted(volume: Item) -> Iterator[Reference]:

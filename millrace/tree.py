@@ -1,12 +1,12 @@
 """A copy of the kustomize tree, changed to other names, images and deployments; the tree itself is never touched.
 
-One convention carries all of it: what is called `predict-default`, a folder, a file, an object or the target of a
-patch, belongs to the deployment `default` of models, so another deployment is the same once more under its name.
+A deployment of models is one folder of an overlay, which names everything in it, so another one is a copy of
+`predict-default` under another name.
 """
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from pipeline.errors import ConfigurationError
 SOURCE = Path(__file__).with_name("manifests")
 _KUSTOMIZATION = "kustomization.yaml"
 _DEFAULT = "default"
-_LITERAL_MODELS = "MILLRACE_MODELS="
+_NAME, _MODELS = "MILLRACE_DEPLOYMENT=", "MILLRACE_MODELS="
+_DEPLOYMENT = "components/deployment"
 _GPU = "components/gpu"
+_SCALING = "components/scaling-"
+_SCALED_OBJECT = "scaled-object.yaml"
 
 Mapping = dict[str, Any]
 
@@ -52,80 +55,65 @@ class Tree:
 
     def deployments(self) -> list[str]:
         """Return the names of the deployments of models in the overlay."""
-        return sorted(
-            file.parent.name.removeprefix("predict-")
-            for file in self.overlay.glob(f"predict-*/{_KUSTOMIZATION}")
-        )
+        found = self.overlay.glob(f"predict-*/{_KUSTOMIZATION}")
+        return sorted(file.parent.name.removeprefix("predict-") for file in found)
 
     def set_deployment(self, name: str, models: str) -> None:
-        """Have a deployment evaluate these models; made after `default` if it is not there."""
+        """Have a deployment evaluate these models; it is made after `default` if it is not there."""
         if name not in self.deployments():
-            self._add(name)
+            shutil.copytree(self._folder(_DEFAULT), self._folder(name))
+            self._edit_overlay(lambda kustomization: kustomization["resources"].append(f"predict-{name}"))
 
         def change(kustomization: Mapping) -> None:
-            for generator in kustomization["configMapGenerator"]:
-                kept = [each for each in generator["literals"] if not each.startswith(_LITERAL_MODELS)]
-                generator["literals"] = [*kept, f"{_LITERAL_MODELS}{models}"]
+            (generator,) = kustomization["configMapGenerator"]
+            kept = [each for each in generator["literals"] if not each.startswith((_NAME, _MODELS))]
+            generator["name"] = f"predict-{name}"
+            generator["literals"] = [f"{_NAME}{name}", f"{_MODELS}{models}", *kept]
 
-        _edit(self.overlay / f"predict-{name}" / _KUSTOMIZATION, change)
-
-    def _add(self, name: str) -> None:
-        old, new = f"predict-{_DEFAULT}", f"predict-{name}"
-
-        def renamed(text: str) -> str:
-            literal = re.sub(r"(?m)^(\s*- MILLRACE_DEPLOYMENT=)default$", rf"\g<1>{name}", text)
-            return literal.replace(old, new).replace(f"predict.{_DEFAULT}", f"predict.{name}")
-
-        own = yaml.safe_load((self.overlay / old / _KUSTOMIZATION).read_text())["components"]
-        templates = [(self.overlay / old / path).resolve() for path in own]
-        for path in self._files():
-            if any(path.resolve().is_relative_to(template) for template in templates):
-                continue  # made for each deployment in its own folder, and named by it there
-            if path.name == _KUSTOMIZATION:
-                _edit(path, lambda kustomization: _repeat_in(kustomization, old, renamed))
-            elif path.suffix == ".yaml" and old in path.read_text():
-                _repeat_documents(path, old, renamed)
-        for path in [*self.folder.rglob(old), *self.folder.rglob(f"{old}.*")]:
-            target = path.with_name(path.name.replace(old, new))
-            if path.is_dir():
-                shutil.copytree(path, target)
-            else:
-                shutil.copy(path, target)
-            for file in [target] if target.is_file() else target.rglob("*.yaml"):
-                file.write_text(renamed(file.read_text()))
+        _edit(self._folder(name) / _KUSTOMIZATION, change)
 
     def set_scaled_object(self, name: str, manifest: Mapping) -> None:
-        """Put another ScaledObject in the place of a deployment's, in every policy."""
-        for path in self.folder.glob(f"components/scaling-*/predict-{name}.yaml"):
-            path.write_text(yaml.safe_dump(manifest, sort_keys=False, width=10_000))
+        """Scale a deployment by a ScaledObject of its own in place of a policy's."""
+        text = yaml.safe_dump(manifest, sort_keys=False, width=10_000)
+        (self._folder(name) / _SCALED_OBJECT).write_text(text)
+
+        def change(kustomization: Mapping) -> None:
+            others = [each for each in kustomization.get("resources", []) if each != _SCALED_OBJECT]
+            kustomization["resources"] = [*others, _SCALED_OBJECT]
+            kustomization["components"] = [
+                each for each in kustomization["components"] if _SCALING not in each
+            ]
+
+        _edit(self._folder(name) / _KUSTOMIZATION, change)
 
     def policy(self) -> Policy:
-        """Return the policy that the overlay scales by."""
-        paths = yaml.safe_load((self.overlay / _KUSTOMIZATION).read_text()).get("components", [])
-        return "deadline" if any(path.endswith("components/scaling-deadline") for path in paths) else "lag"
+        """Return the policy that `default` is scaled by."""
+        paths = yaml.safe_load((self._folder(_DEFAULT) / _KUSTOMIZATION).read_text())["components"]
+        return "deadline" if any(path.endswith(f"{_SCALING}deadline") for path in paths) else "lag"
 
-    def set_policy(self, policy: str) -> None:
-        """Scale by the component `scaling-POLICY` in place of the overlay's."""
-
-        def changed(path: str) -> str:
-            return re.sub(r"components/scaling-(lag|deadline)$", f"components/scaling-{policy}", path)
-
-        self._edit_components(changed)
+    def set_policy(self, policy: Policy) -> None:
+        """Scale every deployment of models by this policy."""
+        self._set_component(_SCALING, f"{_SCALING}{policy}")
 
     def set_gpu(self, wanted: bool) -> None:
         """Give every deployment of models a whole GPU, or none."""
+        self._set_component(_GPU, _GPU if wanted else None)
+
+    def _set_component(self, kind: str, wanted: str | None) -> None:
+        """Put one component in the place of all of a kind, in each deployment's folder."""
 
         def change(kustomization: Mapping) -> None:
-            kept = [path for path in kustomization["components"] if _GPU not in path]
-            up = next(path for path in kept if path.endswith("components/deployment"))
-            kustomization["components"] = (
-                [*kept, up.replace("components/deployment", _GPU)] if wanted else kept
-            )
+            paths = [each for each in kustomization["components"] if kind not in each]
+            first = next(number for number, each in enumerate(paths) if each.endswith(_DEPLOYMENT))
+            if wanted is not None:
+                paths.insert(first + 1, paths[first].replace(_DEPLOYMENT, wanted))
+            kustomization["components"] = paths
 
         for name in self.deployments():
-            _edit(self.overlay / f"predict-{name}" / _KUSTOMIZATION, change)
-        if not wanted:
-            self._edit_components(lambda path: None if _GPU in path else path)
+            _edit(self._folder(name) / _KUSTOMIZATION, change)
+
+    def _folder(self, name: str) -> Path:
+        return self.overlay / f"predict-{name}"
 
     def set_namespace(self, namespace: str) -> None:
         """Move everything to another namespace, addresses and policies included."""
@@ -199,13 +187,6 @@ class Tree:
     def _edit_overlay(self, change: Callable[[Mapping], None]) -> None:
         _edit(self.overlay / _KUSTOMIZATION, change)
 
-    def _edit_components(self, changed: Callable[[str], str | None]) -> None:
-        def change(kustomization: Mapping) -> None:
-            paths = (changed(path) for path in kustomization.get("components", []))
-            kustomization["components"] = [path for path in paths if path is not None]
-
-        self._edit_overlay(change)
-
     def _substitute(self, pattern: str, value: str) -> None:
         for path in self._files():
             text = path.read_text()
@@ -224,34 +205,3 @@ def _edit(path: Path, change: Callable[[Mapping], None]) -> None:
     change(after)
     if after != before:
         path.write_text(yaml.safe_dump(after, sort_keys=False, width=10_000))
-
-
-def _repeat_in(kustomization: Mapping, old: str, renamed: Callable[[str], str]) -> None:
-    """Add, beside each entry about `old`, the same entry renamed."""
-    for field in ("resources", "components", "patches"):
-        entries = kustomization.get(field, [])
-        if entries:
-            kustomization[field] = list(_doubled(entries, old, renamed))
-    for replacement in kustomization.get("replacements", []):
-        replacement["targets"] = list(_doubled(replacement["targets"], old, renamed))
-
-
-def _doubled(entries: list[Any], old: str, renamed: Callable[[str], str]) -> Iterator[Any]:
-    for entry in entries:
-        yield entry
-        about = (
-            entry
-            if isinstance(entry, str)
-            else (entry.get("target") or entry.get("select") or {}).get("name", "")
-        )
-        if Path(str(about)).stem == old:
-            yield yaml.safe_load(renamed(yaml.safe_dump(entry, width=10_000)))
-
-
-def _repeat_documents(path: Path, old: str, renamed: Callable[[str], str]) -> None:
-    """Add, behind the documents of a file, those called `old`, renamed."""
-    if path.stem == old or path.parent.name == old:
-        return  # copied as a whole
-    parts = re.split(r"(?m)^---$\n?", path.read_text())
-    own = [part for part in parts if re.search(rf"(?m)^  name: {re.escape(old)}$", part)]
-    path.write_text("---\n".join([*parts, *(renamed(part) for part in own)]))

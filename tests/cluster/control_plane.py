@@ -23,6 +23,7 @@ from millrace.ports import find_free
 from millrace.processes import spawn
 from tests.cluster import programs
 from tests.support.certificates import Identity
+from tests.support.schemas import of_modules
 
 # On two busy cores etcd and an API server with an empty database take 10 to 20 s.
 _START_SECONDS = 120.0
@@ -155,7 +156,7 @@ def installed(folder: Path) -> Iterator[ControlPlane]:
     schemas = os.environ.get("MILLRACE_SCHEMAS")
     assert schemas, "MILLRACE_SCHEMAS must name the folder with the custom resource definitions"
     with running(folder) as plane:
-        install(plane, sorted(Path(schemas).glob("*.yaml")))
+        install(plane, [*sorted(Path(schemas).glob("*.yaml")), *of_modules()])
         yield plane
 
 

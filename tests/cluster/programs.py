@@ -1,7 +1,7 @@
 """etcd, kube-apiserver, kube-controller-manager, kubectl and kustomize, built once from the Go module proxy.
 
 No release is downloaded: the module in `servers/` names the versions and `go.sum` their hashes. The first
-build takes long and 3 GB; what it made is kept, and a build that was broken off goes on where it was.
+build takes 20 minutes on two busy cores; what it made is kept, and one that was broken off goes on where it was.
 `python -m tests.cluster.programs` builds and prints the folder.
 """
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from millrace.jars import cache_dir
+from tests.support import manifests
 
 KUBERNETES_VERSION = "1.36.3"
 _MODULE = Path(__file__).with_name("servers")
@@ -46,7 +47,7 @@ def build() -> Path:
                 "nice",
                 "-n",
                 "19",
-                "go",
+                manifests.go(),
                 "build",
                 "-trimpath",
                 "-ldflags",

@@ -161,5 +161,10 @@ def run_scaling(plane: ControlPlane, namespace: str) -> None:
             for number, trigger in enumerate(each["spec"]["triggers"])
             if trigger["type"] == "kafka"
         ]
-        status = {"conditions": [{"type": "Ready", "status": "True"}], "externalMetricNames": names}
+        status: dict[str, Any] = {
+            "conditions": [{"type": "Ready", "status": "True"}],
+            "externalMetricNames": names,
+        }
+        if "scalingModifiers" in each["spec"].get("advanced", {}):
+            status["compositeScalerName"] = "composite-metric"
         set_status(plane, "scaledobject", each["metadata"]["name"], namespace, status)

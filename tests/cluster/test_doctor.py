@@ -60,6 +60,19 @@ def test_nothing_is_at_fault(installed: Installed) -> None:
     assert "4 nvidia.com/gpu on 1 nodes" in [each["detail"] for each in findings if each["check"] == "gpus"]
 
 
+@pytest.mark.parametrize("metric", ["s0-kafka-predictions-v1", "composite-metric"])
+def test_a_metric_that_keda_cannot_read(installed: Installed, metric: str) -> None:
+    """A lag that the HPA does not see is a fault, and so is a formula without result."""
+    plane, adapter = installed
+    adapter.broken = {metric}
+    code, findings, _ = doctor(plane)
+    adapter.broken = set()
+    assert code == 1
+    (found,) = faults(findings)
+    assert found[0] == "lag"
+    assert f"no value of {metric} for" in found[1]
+
+
 def test_a_secret_that_is_missing(installed: Installed) -> None:
     """A secret that pods wait for is named, and how it is made; its value is never asked for."""
     plane, _ = installed

@@ -38,6 +38,11 @@ _OF_MODULES = {
 }
 
 
+def of_modules() -> list[Path]:
+    """Return the files of custom resource definitions that come from Go modules."""
+    return [module(name) / file for name, file in _OF_MODULES.values()]
+
+
 class NoSchemaError(LookupError):
     """There is no schema for the kind at hand; the text says how to get one."""
 

@@ -344,12 +344,14 @@ def test_pods_that_are_done_or_on_their_way_out_are_no_fault() -> None:
 
 
 def test_what_pods_cannot_start_without() -> None:
-    """Variables, whole environments, volumes and projected volumes count; what is optional does not."""
+    """Variables, environments, volumes, projected ones and named files count; what is optional does not."""
     container = {
         "env": [
             {"name": "A", "valueFrom": {"secretKeyRef": {"name": "a", "key": "k"}}},
             {"name": "B", "valueFrom": {"secretKeyRef": {"name": "b", "key": "k", "optional": True}}},
+            {"name": "C", "value": "/etc/j/password"},
         ],
+        "volumeMounts": [{"name": "j", "mountPath": "/etc/j"}],
         "envFrom": [{"configMapRef": {"name": "c"}}, {"secretRef": {"name": "d", "optional": True}}],
     }
     workload = deployment("store", "store", **container)
@@ -358,10 +360,13 @@ def test_what_pods_cannot_start_without() -> None:
         {"name": "f", "projected": {"sources": [{"secret": {"name": "f"}}, {"configMap": {"name": "g"}}]}},
         {"name": "h", "secret": {"secretName": "h", "optional": True}},
         {"name": "i", "emptyDir": {}},
+        {"name": "j", "secret": {"secretName": "j"}},
     ]
     assert set(references(workload)) == {
         ("secret", "a", "k"), ("configmap", "c", ""), ("secret", "e", "k"), ("secret", "f", ""),
         ("configmap", "g", ""),
+        ("secret", "j", ""),
+        ("secret", "j", "password"),
     }  # fmt: skip
 
 

@@ -63,27 +63,28 @@ def test_models_of_a_deployment(tree: Tree) -> None:
 
 
 def test_a_new_deployment_is_the_default_once_more(tree: Tree) -> None:
-    """Whatever names `predict-default`, in whatever file, is there as often for the new deployment."""
-    # What each deployment includes in its own folder is named there, by the folder.
-    own = tree.overlay / "predict-default"
-    templates = [(own / path).resolve() for path in kustomization(own)["components"]]
-
-    def mentions(name: str) -> list[str]:
-        counted = []
-        for path in sorted(tree.folder.rglob("*.yaml")):
-            if path.is_relative_to(tree.folder / "overlays") and not path.is_relative_to(tree.overlay):
-                continue
-            if any(path.is_relative_to(template) for template in templates):
-                continue
-            count = path.read_text().count(f"predict-{name}") + path.read_text().count(f"predict.{name}")
-            if count and path.name != "kustomization.yaml":
-                counted.append(f"{path.relative_to(tree.folder)} {count}".replace(name, "NAME"))
-        return counted
-
+    """Another deployment is a folder with the same components, in the overlay's list."""
     tree.set_deployment("wildlife", "builtin:quality")
-    assert tree.deployments() == ["default", "wildlife"]
+    default, wildlife = (kustomization(tree.overlay / f"predict-{name}") for name in ("default", "wildlife"))
     assert "predict-wildlife" in kustomization(tree.overlay)["resources"]
-    assert mentions("wildlife") == mentions("default")
+    assert wildlife["configMapGenerator"][0]["name"] == "predict-wildlife"
+    assert wildlife["components"] == default["components"]
+
+
+def test_policies_and_gpus_of_all_deployments(tree: Tree) -> None:
+    """Each deployment gets the one policy and GPUs or none, once, right after what they change."""
+    tree.set_deployment("wildlife", "builtin:quality")
+    for policy, gpu in (("lag", True), ("deadline", False), ("lag", False), ("deadline", True)):
+        tree.set_policy(policy)
+        tree.set_gpu(gpu)
+        assert tree.policy() == policy
+        for name in tree.deployments():
+            paths = [
+                Path(each).name for each in kustomization(tree.overlay / f"predict-{name}")["components"]
+            ]
+            assert paths[0] == "deployment"
+            assert [each for each in paths if each.startswith("scaling-")] == [f"scaling-{policy}"]
+            assert [each for each in paths if each.startswith("gpu")] == ["gpu"] * gpu
 
 
 @pytest.mark.parametrize(
