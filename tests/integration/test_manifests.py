@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,8 +46,29 @@ LISTED = [
 ]
 
 
+# Production with client certificates instead of passwords: what the comments of its overlay offer.
+MTLS = "production-mtls"
+TAKE_THE_PLACE_OF = {"secured": "secured-mtls", "keda-scram": "keda-mtls"}
+
+
+@functools.cache
 def overlay(name: str) -> tuple[Manifest, ...]:
-    return manifests.render(manifests.OVERLAYS / name)
+    if name != MTLS:
+        return manifests.render(manifests.OVERLAYS / name)
+    production = manifests.OVERLAYS / "production"
+    listed = [TAKE_THE_PLACE_OF.get(each, each) for each in components_of(production)]
+    with tempfile.TemporaryDirectory() as folder:
+        return manifests.render_with(
+            Path(folder),
+            [COMPONENTS / each for each in listed],
+            [manifests.BASE, production / "predict-default"],
+        )
+
+
+def components_of(folder: Path) -> list[str]:
+    """Return the names of the components that an overlay lists."""
+    listed = yaml.safe_load((folder / "kustomization.yaml").read_text("utf-8"))["components"]
+    return [Path(each).name for each in listed]
 
 
 def with_component(folder: Path, name: str) -> tuple[Manifest, ...]:
@@ -57,7 +79,7 @@ def with_component(folder: Path, name: str) -> tuple[Manifest, ...]:
     return manifests.render_with(folder, [] if within else [COMPONENTS / name], [manifests.BASE, deployment])
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, MTLS])
 def test_every_overlay_is_valid(name: str) -> None:
     """An API server that refuses unknown fields takes every object of every overlay."""
     rendered = overlay(name)
@@ -132,7 +154,7 @@ def test_selectors_select_their_own_pods(name: str) -> None:
             assert selects(spread["labelSelector"], pods.labels(workload["spec"]["template"]))
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, MTLS])
 def test_nothing_points_into_the_void(name: str) -> None:
     """Budgets guard one workload, policies and monitors select pods, scalers scale what is there."""
     rendered = overlay(name)
@@ -187,7 +209,7 @@ def strimzi_pods() -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, MTLS])
 def test_what_pods_need_is_there(name: str) -> None:
     """Whatever a pod names (ConfigMap, Secret, key, claim) is rendered, Strimzi's, or the user's to bring."""
     rendered = overlay(name)
@@ -195,7 +217,7 @@ def test_what_pods_need_is_there(name: str) -> None:
     for workload, template in manifests.workloads(rendered):
         for kind, wanted, key in pods.references(workload, template):
             where = f"{name_of(workload)} needs {kind} {wanted}, key {key}"
-            given = {**BROUGHT[name], **CLUSTER_SECRETS, **users}
+            given = {**BROUGHT[name.removesuffix("-mtls")], **CLUSTER_SECRETS, **users}
             if kind == "Secret" and wanted in given:
                 assert key is None or key in given[wanted], where
                 continue
@@ -204,7 +226,7 @@ def test_what_pods_need_is_there(name: str) -> None:
             assert key is None or key in found[0]["data"], where
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, MTLS])
 def test_pods_start_with_their_settings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variable of ours is a setting, together they are accepted, and ports and times agree with them."""
     rendered = overlay(name)
@@ -297,10 +319,9 @@ def test_a_deployment_of_models_is_a_few_lines(tmp_path: Path) -> None:
     ]
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(example))
     production = manifests.OVERLAYS / "production"
-    listed = yaml.safe_load((production / "kustomization.yaml").read_text("utf-8"))["components"]
     rendered = manifests.render_with(
         tmp_path,
-        [COMPONENTS / Path(each).name for each in listed],
+        [COMPONENTS / each for each in components_of(production)],
         [manifests.BASE, production / "predict-default", folder],
     )
     wildlife = pod_template(find(rendered, "Deployment", "predict-wildlife"))
