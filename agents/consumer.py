@@ -77,13 +77,12 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
             opened = self.delivery.fetched(
                 (tp.topic, tp.partition), generation, given, fetch.positions.get(tp)
             )
-            new = {record.offset for record in opened}
-            for record in fetch.records.get(tp, ()):
-                if record.offset not in new:
-                    continue
-                if not self.flow_active or fetch.ownership is not self.ownership:
-                    break  # being handed over: the next owner fetches the rest again
-                await self.callback(self._to_message(tp, record))
+            if not opened:
+                continue
+            if not self.flow_active or fetch.ownership is not self.ownership:
+                return  # being handed over: the next owner fetches the rest again
+            # One event for all of them: the way through Faust costs 50 microseconds, whatever it carries.
+            await self.callback(self._to_message(tp, fetch.records[tp][-1]))
 
     async def perform_seek(self) -> None:
         """Seek nothing: an ownership's first fetch does, whenever Faust resumes the flow, and for whom."""
@@ -239,7 +238,10 @@ class StepApp(faust.App):  # type: ignore[misc]
         return LedgerTransport(self.conf.broker_producer, self)
 
     def read(self, topic: str) -> None:
-        """Add the agent that reads one topic; it never waits and never raises."""
+        """Add the agent that reads one topic; it never waits and never raises.
+
+        An event stands for all records of a partition up to its own: the ledger holds what was fetched.
+        """
 
         async def read(stream: Any) -> None:
             async for event in stream.noack().events():

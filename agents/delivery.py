@@ -173,15 +173,15 @@ class Delivery:
         return new
 
     def received(self, place: TopicPartition, generation: int, offset: int) -> None:
-        """Queue a record that came through the agent; ignored when it is of an older ownership."""
+        """Queue what was fetched up to an offset, which came through the agent; ignored of an older ownership."""
         partition = self._partitions.get(place)
         if partition is None or partition.generation != generation:
             return
-        delivered = partition.pending.pop(offset, None)
-        if delivered is None:
-            return
-        delivered.received_at = time.monotonic()
-        self._inbox.add(delivered)
+        now, pending = time.monotonic(), partition.pending
+        while pending and (first := next(iter(pending))) <= offset:
+            delivered = pending.pop(first)
+            delivered.received_at = now
+            self._inbox.add(delivered)
         self._changed.set()
 
     def fetchable(self, places: Iterable[TopicPartition]) -> set[TopicPartition]:

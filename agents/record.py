@@ -22,8 +22,9 @@ from agents.durable import forever, isolate, publish_dead_letter
 from pipeline import events, logs, metrics, readers, telemetry, telemetry_retention
 from pipeline.broker import Publisher
 from pipeline.errors import ContractError, MillraceError, RecordTooLargeError
+from pipeline.plain_samples import AnySamples, PlainSamples, SampleReader
 from pipeline.settings import Settings
-from pipeline.telemetry import MAX_AHEAD, Alert, GpuWindow, Samples, Windows
+from pipeline.telemetry import MAX_AHEAD, Alert, GpuWindow, Windows
 from pipeline.telemetry_database import TelemetryDatabase
 from pipeline.telemetry_writes import SavedSamples
 from pipeline.topics import GPU_ALERTS, GPU_SAMPLES, GPU_WINDOWS
@@ -51,7 +52,7 @@ class Measured:
 
     delivered: Delivered
     key: str
-    samples: Samples
+    samples: AnySamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,7 @@ class Record:
         self._sample_retention = timedelta(days=settings.sample_retention_days)
         self._window_retention = timedelta(days=settings.result_retention_days)
         self._publisher = Publisher(settings, client_id=self.name)
+        self._reader = SampleReader()
         self._opened: TelemetryDatabase | None = None
         self._outbox_filled = asyncio.Event()
         self._windows_in_order = asyncio.Lock()
@@ -175,7 +177,7 @@ class Record:
                 delivered.finish("skipped")
                 continue
             try:
-                samples, left_out = telemetry.decode_samples(delivered.record)
+                samples, left_out = self._reader.decode(delivered.record)
             except ContractError as error:
                 faults.append((delivered, error))
                 continue
@@ -191,10 +193,10 @@ class Record:
         faults += await self._isolated(measured, self._save_samples)
         await asyncio.gather(*(self.reject(*fault) for fault in faults))
 
-    def _within_retention(self, samples: Samples, delivered: Delivered) -> Samples | None:
+    def _within_retention(self, samples: AnySamples, delivered: Delivered) -> AnySamples | None:
         """Leave out what is too old, by the record's own time: a second reading says the same."""
         earliest = delivered.record.published_at - self._sample_retention
-        if all([sample.time >= earliest for sample in samples.samples]):  # noqa: C419 (faster)
+        if isinstance(samples, PlainSamples) and samples.earliest >= earliest:
             return samples
         kept = tuple(sample for sample in samples.samples if sample.time >= earliest)
         return msgspec.structs.replace(samples, samples=kept) if kept else None

@@ -12,8 +12,9 @@ import msgspec
 
 from pipeline import logs
 from pipeline.alerting import MOVED_AFTER
+from pipeline.plain_samples import AnySamples
 from pipeline.postgres import QUERIES, Pool
-from pipeline.telemetry import Gpu, Samples, Windows
+from pipeline.telemetry import Gpu, Windows
 
 log = logs.get(__name__)
 
@@ -45,7 +46,7 @@ class KnownGpus:
         self._pool = pool
         self._known: dict[str, _Known] = {}
 
-    async def identify(self, batch: Iterable[tuple[str, Samples]]) -> dict[str, int]:
+    async def identify(self, batch: Iterable[tuple[str, AnySamples]]) -> dict[str, int]:
         """Return the ids of all GPUs of samples, given with their record's key; store what is new of them.
 
         Raises:
@@ -105,7 +106,7 @@ class KnownGpus:
                 self._known.setdefault(row["gpu_uuid"], _Known(row["gpu_id"], row["host"])).host = row["host"]
 
 
-def _sightings(batch: Iterable[tuple[str, Samples]]) -> dict[str, Sighting]:
+def _sightings(batch: Iterable[tuple[str, AnySamples]]) -> dict[str, Sighting]:
     """Return what a batch says of each GPU: the newest sample and the last description."""
     sightings: dict[str, Sighting] = {}
     for key, samples in batch:

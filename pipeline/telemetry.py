@@ -37,7 +37,8 @@ MAX_UNKNOWN_FIELDS = 64
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # A publisher's clock may be ahead of Kafka's by so much; beyond it the time is wrong.
 MAX_AHEAD = timedelta(minutes=5)
-_EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+#: GPUs have no earlier samples.
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 
 AlertId = GpuUuid
 Text = Annotated[str, msgspec.Meta(max_length=1000, pattern=r"^[^\x00]*$")]
@@ -201,7 +202,7 @@ def decode_samples(record: Record) -> Judged:
     for sample in samples.samples:
         if sample.time > latest:
             dropped["ahead"] += 1
-        elif sample.time < _EARLIEST:
+        elif sample.time < EARLIEST:
             dropped["ancient"] += 1
         else:
             kept.append(_named(sample, dropped))
@@ -274,7 +275,13 @@ def _decode(record: Record, event_type: str, decoder: "msgspec.json.Decoder[Deco
         raise ContractError(f"not {what}: {error}") from error
 
 
-def _check_type(record: Record, expected: str) -> None:
+def is_of_type(record: Record, expected: str) -> bool:
+    """Whether a record says that it is of a type, or says nothing."""
     given = record.header("ce_type")
-    if given is not None and given != expected.encode():
-        raise ContractError(f"ce_type is {given[:80].decode('utf-8', 'replace')!r}, this reads {expected}")
+    return given is None or given == expected.encode()
+
+
+def _check_type(record: Record, expected: str) -> None:
+    if not is_of_type(record, expected):
+        given = (record.header("ce_type") or b"")[:80].decode("utf-8", "replace")
+        raise ContractError(f"ce_type is {given!r}, this reads {expected}")

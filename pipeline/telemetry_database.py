@@ -14,11 +14,12 @@ from pipeline import telemetry_writes
 from pipeline.errors import DependencyError, StorageRefusedError
 from pipeline.known_gpus import KnownGpus
 from pipeline.partitions import GPU_SAMPLES, GPU_WINDOWS, Partitions
+from pipeline.plain_samples import AnySamples
 from pipeline.postgres import QUERIES, Connection, Pool
 from pipeline.rollups import Rollups
 from pipeline.sample_rows import SampleRows
 from pipeline.settings import Settings
-from pipeline.telemetry import Alert, Samples, Windows
+from pipeline.telemetry import Alert, Windows
 from pipeline.telemetry_writes import SavedSamples, SavedWindows
 
 # "outboxes" in ASCII: one process at a time publishes, so that the steps of an alert stay in order.
@@ -51,7 +52,7 @@ class TelemetryDatabase:
         """Close all connections."""
         await self.pool.close()
 
-    async def save_samples(self, batch: Sequence[tuple[str, Samples]]) -> SavedSamples:
+    async def save_samples(self, batch: Sequence[tuple[str, AnySamples]]) -> SavedSamples:
         """Store samples, given with their records' keys, in one transaction; of each field the first value stays.
 
         Raises:
@@ -61,7 +62,7 @@ class TelemetryDatabase:
         with self._partitions_may_be_gone():
             gpu_ids = await self.gpus.identify(batch)
             rows = SampleRows([samples for _, samples in batch], gpu_ids)
-            await self.partitions.ensure(GPU_SAMPLES, rows.by_day)
+            await self.partitions.ensure(GPU_SAMPLES, rows.days)
             try:
                 async with self.pool.transaction() as connection:
                     await telemetry_writes.copy_samples(connection, rows)

@@ -43,17 +43,17 @@ async def copy_samples(connection: Connection, rows: SampleRows) -> None:
     Raises:
         asyncpg.UniqueViolationError: some are there already, or twice in the batch; nothing was added.
     """
-    for day, of_day in rows.by_day.items():
+    for day, columns, alike in rows.by_columns():
         partition = GPU_SAMPLES.name(GPU_SAMPLES.first_day(day))
-        await _copy(connection, partition, of_day, rows.columns)
+        await _copy(connection, partition, alike, columns)
 
 
 async def merge_samples(connection: Connection, rows: SampleRows) -> SavedSamples:
     """Add samples to those that are there: of each field the first value stays."""
     counts = SavedSamples()
-    for day, of_day in rows.by_day.items():
+    for day, columns, of_day in rows.in_order():
         once, within = sample_rows.merged(of_day)
-        stored, conflicts = await _merge(connection, day, rows.columns, once)
+        stored, conflicts = await _merge(connection, day, columns, once)
         counts = SavedSamples(
             stored=counts.stored + stored,
             conflicts=counts.conflicts + conflicts + within,

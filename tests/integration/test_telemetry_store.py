@@ -9,10 +9,12 @@ import asyncpg
 import msgspec
 import pytest
 
-from pipeline import dcgm, examples, telemetry_retention
+from pipeline import dcgm, examples, telemetry, telemetry_retention
 from pipeline.errors import StorageRefusedError
+from pipeline.events import Record
 from pipeline.known_gpus import KnownGpus
 from pipeline.partitions import GPU_SAMPLES, GPU_WINDOWS
+from pipeline.plain_samples import AnySamples, PlainSamples, SampleReader
 from pipeline.settings import load
 from pipeline.telemetry import Condition, Gpu, GpuWindow, Sample, Samples, Windows
 from pipeline.telemetry_database import SILENT_HOURS, TelemetryDatabase
@@ -107,6 +109,33 @@ async def test_the_first_value_of_a_gpu_and_a_time_stays(db: TelemetryDatabase) 
         db, "SELECT temperature_celsius, power_watts FROM gpu_samples WHERE time = $1", START
     )
     assert stored == [(50.0, 300.0)]
+
+
+async def test_samples_of_other_columns_meet(db: TelemetryDatabase) -> None:
+    """Of a batch with records of other columns the first value stays too, in the order of the batch."""
+    reader = SampleReader()
+
+    def read(*samples: Sample) -> tuple[str, AnySamples]:
+        value = telemetry.encode_samples(Samples(host="node-1", samples=samples)).value
+        record = Record(
+            topic="t", partition=0, offset=0, timestamp_ms=int(START.timestamp() * 1000), value=value
+        )
+        return ("node-1", reader.decode(record)[0])
+
+    hot, late = sample(values={"temperature_celsius": 90.0}), sample(seconds=20, values={})
+    odd = sample(values={"power_watts": 300.0, "temperature_celsius": 50.0, "acme": 1.0})
+    read(hot, sample(values={"fan_speed_percent": 1.0}))
+    batch = [read(sample(seconds=1)), read(odd), read(hot, late)]
+    assert [isinstance(samples, PlainSamples) for _, samples in batch] == [True, False, True]
+    assert await db.save_samples(batch) == SavedSamples(stored=3, conflicts=1)
+    assert await db.save_samples(batch) == SavedSamples(repeats=3, conflicts=1)
+    statement = "SELECT time, temperature_celsius, power_watts, other FROM gpu_samples ORDER BY time"
+    assert await fetch(db, statement) == [
+        (START, 50.0, 300.0, '{"acme": 1.0}'),
+        (START + SECOND, 50.0, None, None),
+        (START + 20 * SECOND, None, None, None),
+    ]
+    assert await fetch(db, "SELECT DISTINCT fan_speed_percent FROM gpu_samples") == [(None,)]
 
 
 async def test_writers_of_the_same_samples(database: str, db: TelemetryDatabase) -> None:

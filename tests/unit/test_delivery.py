@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from prometheus_client import REGISTRY
@@ -56,12 +56,17 @@ class Bench:
         starts = {(topic, 0): Start(committed, metadata, 0, end) for topic in topics}
         self.delivery.assigned(starts, GENERATION)
 
-    def deliver(self, topic: str, *offsets: int, generation: int = GENERATION, size: int = 1) -> None:
+    def fetch(
+        self, topic: str, *offsets: int, generation: int = GENERATION, size: int = 1
+    ) -> Sequence[Record]:
         records = [
             Record(topic=topic, partition=0, offset=o, timestamp_ms=0, value=b"x" * size) for o in offsets
         ]
-        for record in self.delivery.fetched((topic, 0), generation, records, offsets[-1] + 1):
-            self.delivery.received((topic, 0), generation, record.offset)
+        return self.delivery.fetched((topic, 0), generation, records, offsets[-1] + 1)
+
+    def deliver(self, topic: str, *offsets: int, generation: int = GENERATION, size: int = 1) -> None:
+        if opened := self.fetch(topic, *offsets, generation=generation, size=size):
+            self.delivery.received((topic, 0), generation, opened[-1].offset)
 
     async def take(self, count: int = 10) -> list[Delivered]:
         return await asyncio.wait_for(self.delivery.take(count, 1_000_000), 1)
@@ -100,14 +105,28 @@ async def test_a_record_the_agent_never_saw_blocks_the_commit() -> None:
     """A record that was fetched and dropped on its way to the agent is never passed."""
     bench = Bench()
     bench.assign(BULK)
-    records = [Record(topic=BULK, partition=0, offset=o, timestamp_ms=0) for o in (0, 1)]
-    bench.delivery.fetched((BULK, 0), GENERATION, records, 2)
-    bench.delivery.received((BULK, 0), GENERATION, 1)  # 0 got lost in between
-    (delivered,) = await bench.take()
-    assert delivered.claim()
-    delivered.finish("predicted")
+    bench.fetch(BULK, 0, 1)
+    bench.fetch(BULK, 2, 3)
+    bench.delivery.received((BULK, 0), GENERATION, 1)  # the event of 2 and 3 got lost in between
+    for delivered in await bench.take():
+        assert delivered.claim()
+        delivered.finish("predicted")
     await bench.delivery.commit()
-    assert bench.broker.committed.get((BULK, 0), (0, ""))[0] == 0
+    assert bench.broker.committed[BULK, 0][0] == 2
+
+
+async def test_an_event_stands_for_what_was_fetched_before_it() -> None:
+    """One event brings all records of its partition up to its own, each once and in order, and no others."""
+    bench = Bench()
+    bench.assign(BULK, REALTIME)
+    bench.fetch(BULK, 0, 1, 3)
+    bench.fetch(BULK, 4, 5)
+    bench.fetch(REALTIME, 0)
+    bench.delivery.received((BULK, 0), GENERATION, 4)
+    bench.delivery.received((BULK, 0), GENERATION, 4)
+    assert [delivered.record.offset for delivered in await bench.take()] == [0, 1, 3, 4]
+    bench.delivery.received((BULK, 0), GENERATION, 5)
+    assert [delivered.record.offset for delivered in await bench.take()] == [5]
 
 
 async def test_hand_over_forgets_unclaimed_and_waits_for_claimed() -> None:
