@@ -4,18 +4,21 @@ The module has services of its own to kill; its workers are never restarted by h
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Set
 from pathlib import Path
 
 import pytest
 
+from agents.senders import MOST_AT_ONCE
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
 from pipeline.database import migrate
 from pipeline.events import ImageEvent
 from pipeline.objects import ObjectStore
 from tests.support import pictures, services
+from tests.support.eventually import eventually
 from tests.support.fleet import Fleet
+from tests.support.receivers import ReceiverServer, receiving
 from tests.support.spine import STEPS as ALL_STEPS
 from tests.support.spine import Installation, Spine, environment, installation, under_load
 
@@ -167,11 +170,23 @@ async def test_sigterm_while_kafka_is_away(spine: Spine, killable: Killable) -> 
     await spine.settled(max_repeated=60)
 
 
-async def test_recording_outlives_kafka_and_postgres(spine: Spine, killable: Killable) -> None:
-    """Both killed under a fleet's load, one by one: `record` goes on and keeps each sample and step once."""
+@pytest.fixture
+async def receiver(tmp_path: Path) -> AsyncIterator[tuple[ReceiverServer, Path]]:
+    """Yield a receiver of alerts, and the file that names it."""
+    async with receiving() as server:
+        file = tmp_path / "receivers.yaml"
+        file.write_text(f'receivers: [{{name: pager, kind: webhook, url: "{server.url}"}}]')
+        yield server, file
+
+
+async def test_telemetry_outlives_kafka_and_postgres(
+    spine: Spine, killable: Killable, receiver: tuple[ReceiverServer, Path]
+) -> None:
+    """Both killed under load, one by one: `record` keeps each sample and step once, `notify` tells each step."""
     kafka, postgres, _ = killable
+    pager, file = receiver
     fleet = Fleet(spine, "outage")
-    (worker,) = await spine.start("record")
+    workers = await spine.start("record", "notify", MILLRACE_RECEIVERS_FILE=str(file))
     stop = asyncio.Event()
 
     async def send() -> None:
@@ -180,8 +195,12 @@ async def test_recording_outlives_kafka_and_postgres(spine: Spine, killable: Kil
             await fleet.close_window()
             await asyncio.sleep(0.1)
 
+    async def told() -> bool:
+        return len(pager.taken) > 0
+
     sending = asyncio.create_task(send())
     await fleet.wait_stored(100)
+    await eventually(told, 60.0)
     await asyncio.to_thread(postgres.kill)
     await asyncio.sleep(1)
     await asyncio.to_thread(kafka.kill)
@@ -193,5 +212,23 @@ async def test_recording_outlives_kafka_and_postgres(spine: Spine, killable: Kil
     # The producer of the test is idempotent, so no sample or window is in Kafka twice; a step that the dying broker
     # took and did not acknowledge may be.
     await fleet.settled(max_repeated_steps=3 * len(fleet.steps))
-    assert worker.exit_code is None
-    await spine.stop(worker)
+    await check_told(pager, {step for step in fleet.steps if step[1] != "pending"})
+    assert [worker.exit_code for worker in workers] == [None, None]
+    await spine.stop(*workers)
+
+
+async def check_told(receiver: ReceiverServer, steps: Set[tuple[str, str]]) -> None:
+    """Check that a receiver is told of each step once, an alert's in order; a message may come again by its id."""
+
+    async def everything() -> bool:
+        return set(receiver.told()) >= steps
+
+    await eventually(everything, 90.0)
+    told = receiver.told()
+    assert sorted(told) == sorted(steps)
+    place = {step: number for number, step in enumerate(told)}
+    assert all(
+        place[identity, "firing"] < place[identity, state] for identity, state in steps if state != "firing"
+    )
+    # What was on its way when the database died, and could not be noted in time.
+    assert receiver.repeats() <= MOST_AT_ONCE
