@@ -1,6 +1,7 @@
 """The value of `gpu.samples.v1`, and what is left of one of which some part is bad. No I/O."""
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -108,7 +109,17 @@ def read(value: bytes, dropped: "Counter[Why]") -> Samples:
     try:
         return _samples_decoder.decode(value)
     except FAULTS as error:
-        return _piecewise(value, error, dropped)
+        return _piecewise(_without_nan(value), error, dropped)
+
+
+def _without_nan(value: bytes) -> bytes:
+    """Return JSON with null for the NaN and Infinity that JSON does not have and Python and others write."""
+    if b"NaN" not in value and b"Infinity" not in value:
+        return value
+    try:
+        return msgspec.json.encode(json.loads(value, parse_constant=lambda _: None))
+    except (ValueError, OverflowError, RecursionError):
+        return value
 
 
 def _piecewise(value: bytes, first: Exception, dropped: "Counter[Why]") -> Samples:

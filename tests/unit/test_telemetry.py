@@ -120,6 +120,24 @@ def test_a_bad_value_does_not_harm_its_sample() -> None:
     assert dropped == {"blank": 2, "malformed": 3}
 
 
+def test_a_number_that_json_does_not_have() -> None:
+    """NaN and Infinity, as Python and others write them, are blanks; what is near them stays."""
+    value = json.dumps(
+        samples(sample(time=NOW.isoformat(), values={"power_watts": 300.0, "sm_clock_mhz": 0.0}))
+    )
+    for number in ("NaN", "Infinity", "-Infinity"):
+        found, dropped = telemetry.decode_samples(record(value.replace("0.0}", f"{number}}}").encode()))
+        assert [each.values for each in found.samples] == [{"power_watts": 300.0}]
+        assert dropped == {"blank": 1}
+
+
+@given(st.text(alphabet='NaInfity-{}[]":,0\\ud8e', max_size=40))
+def test_what_looks_like_nan_is_refused(text: str) -> None:
+    """Whatever is around such a number, bytes are samples or a `ContractError`."""
+    with pytest.raises(ContractError):
+        telemetry.decode_samples(record(f'{{"host": NaN, "samples": [{text}]}}'.encode()))
+
+
 def test_too_many_xids_are_cut() -> None:
     """A moment has so many XIDs: each becomes a condition, and one small record must not fill a large one."""
     codes = list(range(1, 1001))
