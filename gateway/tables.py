@@ -237,12 +237,12 @@ def answer(
     request: Request,
     view: msgspec.Struct,
     rows: Iterable[Mapping[str, Any]],
-    columns: Sequence[str],
+    columns: Sequence[str] | Callable[[], Sequence[str]],
     *,
     wanted: str | None,
     next_cursor: str | None = None,
 ) -> Response:
-    """Return a page as JSON, or its rows, read for this alone, as CSV; a `Link` leads to the next one."""
+    """Return a page as JSON, or its rows (read for this alone, as `columns` are) as CSV; a `Link` leads on."""
     headers = {"Vary": "Accept"}
     if next_cursor is not None:
         query = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
@@ -251,10 +251,11 @@ def answer(
     accept = request.headers.get("accept", "")
     if wanted != "csv" and (wanted == "json" or "text/csv" not in accept.lower()):
         return JSONResponse(view, headers=headers)
+    names = columns() if callable(columns) else columns
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    writer.writerow(names)
+    writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
     return Response(
         text.getvalue(), headers=headers | {"Cache-Control": "no-store"}, media_type="text/csv; charset=utf-8"
     )

@@ -1,7 +1,8 @@
 """GPU telemetry over HTTP: GPUs, hosts, samples and roll-ups of a GPU, energy. As JSON or as CSV."""
 
+from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
@@ -15,7 +16,18 @@ from gateway.problems import Problem, responses
 from gateway.tables import NO_CONTROLS, Accept, Cursor, Format, Host, Limit
 from gateway.views import JSONResponse, describe
 from pipeline import dcgm, telemetry_reads
-from pipeline.gpu_views import EnergyRow, GpuView, HostView, Point, Rolled, by_host, priced, summed
+from pipeline.gpu_views import (
+    EnergyRow,
+    GpuView,
+    HostView,
+    Point,
+    Rolled,
+    Sampled,
+    by_host,
+    priced,
+    summed,
+    values_of,
+)
 from pipeline.postgres import Pool
 from pipeline.telemetry_reads import GpuFilter
 
@@ -192,6 +204,7 @@ async def get_telemetry(
     from_here = first
     if (seen := tables.after(cursor, datetime)) is not None:
         from_here = max(first, seen + (width or timedelta(microseconds=1)))
+    reading: Coroutine[Any, Any, Sequence[Point | Sampled]]
     if width is None:
         reading = telemetry_reads.samples(pool, gpu, from_here, last, names, limit + 1)
     else:
@@ -200,13 +213,13 @@ async def get_telemetry(
     page = found[:limit]
     following = tables.cursor_of(page[-1].time) if len(found) > limit else None
     view = TelemetryPage(
-        gpu_uuid=uuid, start=first, end=last, samples=tuple(page), next_cursor=following,
+        gpu_uuid=uuid, start=first, end=last, samples=cast("tuple[Point, ...]", tuple(page)), next_cursor=following,
         step_seconds=None if width is None else width.total_seconds(),
     )  # fmt: skip
-    columns = _columns(page, names, is_rolled=width is not None)
     return tables.answer(
-        request, view, (_row(point) for point in page), columns, wanted=wanted, next_cursor=following
-    )
+        request, view, map(_row, page), lambda: _columns(page, names, is_rolled=width is not None), wanted=wanted,
+        next_cursor=following,
+    )  # fmt: skip
 
 
 @router.get(
@@ -258,10 +271,10 @@ def pool_of(request: Request) -> Pool:
     return pool
 
 
-def _columns(page: list[Point], names: list[str] | None, *, is_rolled: bool) -> list[str]:
+def _columns(page: Sequence[Point | Sampled], names: list[str] | None, *, is_rolled: bool) -> list[str]:
     """Return the columns of a CSV: with no fields asked for, those that occur, in the order of the table."""
     if names is None:
-        found = {name for point in page for name in point.values}
+        found = {name for point in page for name in values_of(point)}
         names = [name for name in dcgm.NAMES if name in found] + sorted(found - set(dcgm.NAMES))
     if is_rolled:
         return [
@@ -273,11 +286,13 @@ def _columns(page: list[Point], names: list[str] | None, *, is_rolled: bool) -> 
     return ["time", *names, "xids", "lost", "source_time"]
 
 
-def _row(point: Point) -> dict[str, object]:
-    row: dict[str, object] = {"time": point.time.isoformat(), "samples": point.samples, "xids": point.xids}
-    if point.samples is None:
+def _row(point: Point | Sampled) -> dict[str, object]:
+    row: dict[str, object] = {"time": point.time.isoformat(), "xids": point.xids}
+    if isinstance(point, Point) and point.samples is not None:
+        row["samples"] = point.samples
+    else:
         row |= {"lost": point.lost, "source_time": point.source_time and point.source_time.isoformat()}
-    for name, value in point.values.items():
+    for name, value in values_of(point).items():
         if isinstance(value, Rolled):
             row |= {f"{name}.{part}": getattr(value, part) for part in Rolled.__struct_fields__}
         else:

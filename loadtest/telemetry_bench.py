@@ -7,6 +7,8 @@ a function of its own in `SECTIONS`, gives a part of the result, and can be meas
 import asyncio
 import random
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
@@ -17,7 +19,7 @@ import msgspec
 
 from loadtest import detection, loop_process, telemetry_loop, telemetry_watch
 from loadtest.report import median, percentile, read_metrics, rounded
-from pipeline import admin, telemetry, telemetry_reads
+from pipeline import admin, telemetry
 from pipeline.broker import Publisher
 from pipeline.detection import load_rules
 from pipeline.errors import DependencyError
@@ -42,7 +44,7 @@ FIELDS = (
 QUERIED = (
     "power_watts", "temperature_celsius", "sm_clock_mhz", "utilization_percent", "memory_used_mebibytes",
 )  # fmt: skip
-QUERIED_STEP = timedelta(minutes=5)
+QUERIED_STEP = "5m"
 # A day at 10 s has 8,640.
 _MOST_POINTS = 10_000
 _STALL_SECONDS = 120.0
@@ -211,21 +213,23 @@ def _time_bare(settings: Settings, worker: Worker, samples: int) -> tuple[float,
 
 
 class Growth(msgspec.Struct, frozen=True, kw_only=True):
-    """The database with so many values in it, on the client's side."""
+    """The database with so many values in it, on the client's side; answers come from the gateway, over HTTP."""
 
     values: int
     insert_samples_per_second: float
-    #: All samples of one GPU over 24 h, 5 fields, as JSON; and the same by 5 minutes.
+    #: All samples of one GPU over 24 h as JSON: all fields, and 5; and these by 5 minutes.
+    whole_24h_seconds: float
     raw_24h_seconds: float
     rolled_24h_seconds: float
 
 
 def growth(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str, Any]:
     """Measure insertion, queries and roll-ups while a day of a fleet fills the database."""
-    return asyncio.run(_growth(settings, plan, say))
+    with worker(settings, "gateway") as url:
+        return asyncio.run(_growth(settings, plan, url, say))
 
 
-async def _growth(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
+async def _growth(settings: Settings, plan: Plan, url: str, say: Say) -> dict[str, Any]:
     database = await TelemetryDatabase.open(settings)
     day, interval = timedelta(days=1), timedelta(seconds=10)
     start = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - day
@@ -247,11 +251,16 @@ async def _growth(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
             begun = time.monotonic()
             minutes = await Rollups(database.pool, database.partitions).advance(start + 2 * day)
             rolled = time.monotonic() - begun
-            raw = await _query_seconds(database, start, None)
-            rolled_up = await _query_seconds(database, start, QUERIED_STEP)
+            fields = ",".join(QUERIED)
+            whole = await asyncio.to_thread(_query_seconds, url, gpus, start)
+            raw = await asyncio.to_thread(_query_seconds, url, gpus, start, fields=fields)
+            rolled_up = await asyncio.to_thread(
+                _query_seconds, url, gpus, start, fields=fields, step=QUERIED_STEP
+            )
             step = Growth(
                 values=stored * len(FIELDS),
                 insert_samples_per_second=rounded(median(rates[-5:])),
+                whole_24h_seconds=rounded(whole),
                 raw_24h_seconds=rounded(raw),
                 rolled_24h_seconds=rounded(rolled_up),
             )
@@ -262,19 +271,21 @@ async def _growth(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
         await database.close()
 
 
-async def _query_seconds(database: TelemetryDatabase, start: datetime, step: timedelta | None) -> float:
-    """Return how long the answer of `/v1/gpus/{uuid}/telemetry` takes, without HTTP: read, and encoded as JSON."""
-    end, taken = start + timedelta(days=1), []
-    for number in range(20):
+def _query_seconds(url: str, gpus: int, start: datetime, **asked: str) -> float:
+    """Return how long the answer of `/v1/gpus/{uuid}/telemetry` takes, to the last byte; a median over GPUs."""
+    taken = []
+    span = {
+        "start": start.isoformat(),
+        "end": (start + timedelta(days=1)).isoformat(),
+        "limit": str(_MOST_POINTS),
+    }
+    query = urllib.parse.urlencode(span | asked)
+    for number in range(min(gpus, 20)):
         begun = time.monotonic()
-        gpu = await telemetry_reads.gpu_id(database.pool, f"GPU-9999-{number:03d}")
-        if gpu is None:
-            break
-        if step is None:
-            points = await telemetry_reads.samples(database.pool, gpu, start, end, QUERIED, _MOST_POINTS)
-        else:
-            points = await telemetry_reads.rolled(database.pool, gpu, start, end, QUERIED, step, _MOST_POINTS)
-        msgspec.json.encode(points)
+        with urllib.request.urlopen(
+            f"{url}/v1/gpus/GPU-9999-{number:03d}/telemetry?{query}", timeout=60
+        ) as answer:
+            answer.read()
         taken.append(time.monotonic() - begun)
     return percentile(taken, 0.5)
 

@@ -3,7 +3,8 @@
 The wire names are these fields; additions are compatible, renames are not. No I/O.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
@@ -85,6 +86,31 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     lost: bool = False
     #: Of a replay: when the source says that this was.
     source_time: datetime | None = None
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """A sample that becomes the same JSON as a `Point` does, for a third of the price; see `values_type`."""
+
+    time: datetime
+    values: msgspec.Struct
+    xids: tuple[int, ...] = ()
+    lost: bool = False
+    source_time: datetime | None = None
+
+
+@functools.lru_cache(maxsize=256)
+def values_type(fields: tuple[str, ...]) -> Callable[..., msgspec.Struct]:
+    """Return what takes the values of these fields, in order; None is absent. A day of one GPU is 8,640 of them."""
+    return msgspec.defstruct(
+        "Values", [(name, float | None, None) for name in fields], omit_defaults=True, frozen=True, gc=False
+    )
+
+
+def values_of(point: Point | Sampled) -> Mapping[str, float | Rolled]:
+    """Return what is known at a point, by field."""
+    if isinstance(point, Point):
+        return point.values
+    return {name: value for name, value in msgspec.structs.asdict(point.values).items() if value is not None}
 
 
 class AlertView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -21,7 +21,9 @@ from pipeline.gpu_views import (
     Latest,
     Point,
     Rolled,
+    Sampled,
     energy_row,
+    values_type,
 )
 from pipeline.postgres import QUERIES, Pool
 from pipeline.telemetry import Condition
@@ -108,21 +110,26 @@ async def has_field(pool: Pool, gpu: int, start: datetime, end: datetime, name: 
 
 async def samples(
     pool: Pool, gpu: int, start: datetime, end: datetime, fields: Sequence[str] | None, limit: int
-) -> list[Point]:
+) -> Sequence[Point | Sampled]:
     """Return samples as they were taken, oldest first; without `fields` everything that is known."""
     every = fields is None
     known = [name for name in (dcgm.NAMES if fields is None else fields) if name in dcgm.PLAIN]
     others = [] if fields is None else [name for name in fields if name not in dcgm.PLAIN]
-    columns = ["time", "lost", "source_time", "xids", *known]
-    if every or others:
-        columns.append("other")
+    columns = ["other" if every or others else "NULL", "time", "lost", "source_time", "xids", *known]
     statement = (
         f"SELECT {', '.join(columns)} FROM gpu_samples WHERE gpu_id = $1 AND time >= $2 AND time <= $3 "
         "ORDER BY time LIMIT $4"
     )
     async with pool.transaction() as connection:
         rows = await connection.fetch(statement, gpu, start, end, limit)
-    return [_sample(row, known, others, every=every) for row in rows]
+    make = values_type(tuple(known))
+    return [
+        Sampled(time=time, values=make(*numbers), xids=tuple(xids or ()), lost=lost, source_time=source_time)
+        if other is None
+        else _sample(row, known, None if every else others)
+        for row in rows
+        for other, time, lost, source_time, xids, *numbers in (row,)
+    ]
 
 
 async def rolled(
@@ -230,15 +237,14 @@ def _rollup(names: Sequence[str], source: str | None) -> str:
     )
 
 
-def _sample(row: asyncpg.Record, known: Sequence[str], others: Sequence[str], *, every: bool) -> Point:
-    # A day of one GPU is 8,640 of these; by place a row is read in a third of the time that names take.
-    time, lost, source_time, xids, *numbers = row
+def _sample(row: asyncpg.Record, known: Sequence[str], wanted: Sequence[str] | None) -> Point:
+    """Make a point with fields that are not in the table: all of them, or those that are wanted."""
+    other, time, lost, source_time, xids, *numbers = row
     values: dict[str, float | Rolled] = {
-        name: value for name, value in zip(known, numbers, strict=False) if value is not None
+        name: value for name, value in zip(known, numbers, strict=True) if value is not None
     }
-    if (every or others) and numbers[-1] is not None:
-        other = _object.decode(numbers[-1])
-        values |= {name: other[name] for name in (other if every else others) if name in other}
+    unknown = _object.decode(other)
+    values |= {name: unknown[name] for name in (unknown if wanted is None else wanted) if name in unknown}
     return Point(time=time, values=values, xids=tuple(xids or ()), lost=lost, source_time=source_time)
 
 
