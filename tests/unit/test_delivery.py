@@ -370,7 +370,7 @@ async def test_the_age_of_what_is_finished_is_observed() -> None:
     count, total = (sample(f"millrace_age_seconds_{kind}", lane="bulk") for kind in ("count", "sum"))
     now = time.time()
     for offset, timestamp in enumerate((now - 100, now + 100)):
-        record = Record(topic=BULK, partition=0, offset=offset, timestamp_ms=round(timestamp * 1000))
+        record = Record(topic=BULK, partition=0, offset=offset, timestamp_ms=int(timestamp * 1000))
         bench.delivery.fetched((BULK, 0), GENERATION, [record], offset + 1)
         bench.delivery.received((BULK, 0), GENERATION, offset)
     for delivered in await bench.take():
