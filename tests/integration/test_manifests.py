@@ -20,6 +20,8 @@ from pipeline.settings import PREFIX, Settings
 from tests.support import manifests, pods, schemas
 from tests.support.manifests import COMPONENTS, Manifest, find, name_of, of_kind, pod_template, selects
 
+pytestmark = manifests.MAY_BUILD
+
 # What a user makes before, see docs/kubernetes.md: secrets and the keys that pods read of them.
 BROUGHT: Mapping[str, Mapping[str, frozenset[str]]] = {
     "dev": {},

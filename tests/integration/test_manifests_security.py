@@ -9,6 +9,7 @@ from pipeline.settings import PREFIX
 from tests.support import manifests, pods
 from tests.support.manifests import Manifest, name_of, of_kind, selects
 
+pytestmark = manifests.MAY_BUILD
 OVERLAYS = [path.name for path in manifests.overlays()]
 # https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted
 VOLUMES = {

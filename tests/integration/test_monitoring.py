@@ -10,6 +10,7 @@ from millrace import dashboards
 from tests.support import manifests
 from tests.support.manifests import Manifest
 
+pytestmark = manifests.MAY_BUILD
 LABEL = "grafana_dashboard"
 
 

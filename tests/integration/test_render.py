@@ -15,6 +15,7 @@ from pipeline.topics import IMAGES_BULK, IMAGES_REALTIME
 from tests.support import manifests
 from tests.support.manifests import Manifest
 
+pytestmark = manifests.MAY_BUILD
 ROOT = Path(__file__).parents[2]
 WORKER = "registry.example.org:5000/worker@sha256:" + "0" * 64
 

@@ -19,6 +19,7 @@ from pipeline.topics import MODELS, TOPICS
 from tests.support import manifests, scaling
 from tests.support.manifests import Manifest
 
+pytestmark = manifests.MAY_BUILD
 BENCHMARKS = Path(__file__).parents[2] / "docs/benchmarks"
 NAMES = ("archive", "notify", "predict-default", "record", "store", "watch")
 #: What has nothing to do without records.

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 TREE = Path(__file__).resolve().parents[2] / "k8s" / "strimzi"
@@ -31,6 +32,8 @@ OLDEST_KUSTOMIZE = (5, 0)
 # A build on two busy cores took 66 s.
 BUILD_SECONDS = 600.0
 RENDER_SECONDS = 60.0
+#: For modules of tests that render: the first to do so may have to build kustomize, and others wait for it.
+MAY_BUILD = pytest.mark.timeout(BUILD_SECONDS + 120)
 
 Manifest = dict[str, Any]
 
