@@ -11,8 +11,8 @@ from pipeline.settings import PREFIX, Settings
 from tests.support.manifests import Manifest, containers, find, name_of, workloads
 
 #: Settings that name a file which must be there at start.
-_FILES = ("API_KEYS_FILE", "DATABASE_PASSWORD_FILE", "KAFKA_SASL_PASSWORD_FILE", "KAFKA_TLS_CA_FILE", "KAFKA_TLS_CERTIFICATE_FILE",
-          "KAFKA_TLS_KEY_FILE", "RECEIVERS_FILE")  # fmt: skip
+_FILES = ("API_KEYS_FILE", "DATABASE_PASSWORD_FILE", "KAFKA_SASL_PASSWORD_FILE", "KAFKA_TLS_CA_FILE",
+          "KAFKA_TLS_CERTIFICATE_FILE", "KAFKA_TLS_KEY_FILE", "RECEIVERS_FILE")  # fmt: skip
 
 
 def of_ours(manifests: Sequence[Manifest]) -> list[tuple[Manifest, Manifest]]:
