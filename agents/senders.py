@@ -138,7 +138,9 @@ class Sender:
         said = {"receiver": receiver.name, "message": message.id, "attempts": message.attempts}
         if answer.status == HTTPStatus.GONE:
             self._is_disabled = True
-            log.error("the receiver says that it is gone: not asking it again until its entry is changed", **said)
+            log.error(
+                "the receiver says that it is gone: not asking it again until its entry is changed", **said
+            )
         is_refused = answer.status in _REFUSALS and message.attempts >= MOST_REFUSALS
         if self._is_disabled or is_refused or message.age_seconds > receiver.give_up_seconds:
             log.error("giving a message up", reason=answer.reason, alerts=len(message.alerts), **said)

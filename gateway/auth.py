@@ -14,13 +14,13 @@ from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from gateway.problems import Problem
-from pipeline import logs
 from pipeline.errors import ConfigurationError
+from pipeline.rotation import Rotated
+from pipeline.settings import PREFIX
 
 # A revoked key works at most this long; looking at the file's time more often than that helps nobody.
 LOOK_INTERVAL_SECONDS = 1.0
-
-log = logs.get(__name__)
+SETTING = f"{PREFIX}API_KEYS_FILE"
 
 
 class Keys:
@@ -32,38 +32,25 @@ class Keys:
         Raises:
             ConfigurationError: it cannot be read or contains no key.
         """
-        self._path = path
-        self._looked_at = time.monotonic()
         try:
-            self._version, self._digests = _read(path)
+            self._file = Rotated(SETTING, [path], lambda: _read(path))
         except OSError as error:
-            raise ConfigurationError(f"MILLRACE_API_KEYS_FILE: {path}: {error.strerror}") from None
-        except ValueError:
-            raise ConfigurationError(f"MILLRACE_API_KEYS_FILE: {path}: is not UTF-8 text") from None
+            raise ConfigurationError(f"{SETTING}: {path}: {error.strerror}") from None
+        self._looked_at = time.monotonic()
+        self._digests = self._file.newest()
         if not self._digests:
-            raise ConfigurationError(f"MILLRACE_API_KEYS_FILE: {path}: contains no key")
+            raise ConfigurationError(f"{SETTING}: {path}: contains no key")
 
     def accepts(self, given: str) -> bool:
         """Whether `given` is a key now; the time taken tells nothing about the keys."""
-        self._follow_file()
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_INTERVAL_SECONDS:
+            self._looked_at = now
+            # What cannot be read locks nobody out; an empty file, in contrast, means nobody.
+            self._digests = self._file.newest()
         digest = _digest(given.encode("latin-1", "replace"))  # as header bytes were decoded
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches)
-
-    def _follow_file(self) -> None:
-        now = time.monotonic()
-        if now - self._looked_at < LOOK_INTERVAL_SECONDS:
-            return
-        self._looked_at = now
-        try:
-            if _version(self._path) == self._version:
-                return
-            self._version, self._digests = _read(self._path)
-        except (OSError, ValueError) as error:
-            # A half-finished rotation must not lock everybody out; an empty file, in contrast, means nobody.
-            log.error("API keys file cannot be read, the last keys stay valid", reason=type(error).__name__)
-        else:
-            log.info("API keys read again", keys=len(self._digests))
 
 
 _bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`")
@@ -98,16 +85,12 @@ async def require_key(
 KeyRequired = Depends(require_key)
 
 
-def _read(path: Path) -> tuple[tuple[int, int, int], tuple[bytes, ...]]:
-    version = _version(path)
-    lines = (line.strip() for line in path.read_text("utf-8").splitlines())
-    return version, tuple(_digest(line.encode()) for line in lines if line and not line.startswith("#"))
-
-
-def _version(path: Path) -> tuple[int, int, int]:
-    """Tell one state of the file from the next; a mounted Kubernetes secret changes its inode."""
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+def _read(path: Path) -> tuple[bytes, ...]:
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{SETTING}: {path}: is not UTF-8 text") from None
+    return tuple(_digest(line.encode()) for line in lines if line and not line.startswith("#"))
 
 
 def _digest(key: bytes) -> bytes:

@@ -45,6 +45,9 @@ RETRIES = Counter(
 DUPLICATES = Counter(
     "millrace_duplicates", "Results already stored: same (repeat) or another picture (conflict).", ["kind"]
 )
+SECRETS_PASSED_OVER = Gauge(
+    "millrace_secrets_passed_over", "1 while the former content of a changed secret is used.", ["setting"]
+)
 
 # Stages of one record, as Triton splits them
 QUEUE_SECONDS = Histogram(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pipeline import logs
+from pipeline import logs, metrics
 from pipeline.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Rotated(Generic[T]):
     """What some files say now, and what of it worked last; safe to share between threads.
 
     Args:
-        what: For the log; never the secret itself.
+        setting: Which setting names them, for the log and the metric.
         files: Whose change is looked for.
         read: Makes the value of them; raises ConfigurationError or OSError when they cannot be used.
 
@@ -33,8 +33,8 @@ class Rotated(Generic[T]):
         ConfigurationError, OSError: they cannot be used from the start.
     """
 
-    def __init__(self, what: str, files: Sequence[Path], read: Callable[[], T]) -> None:
-        self._what = what
+    def __init__(self, setting: str, files: Sequence[Path], read: Callable[[], T]) -> None:
+        self._setting = setting
         self._files = tuple(files)
         self._read = read
         self._lock = threading.Lock()
@@ -51,17 +51,21 @@ class Rotated(Generic[T]):
         with self._lock:
             try:
                 found = stamp(self._files)
-                if found != self._stamp:
+                if found != self._stamp or self._passed_over is not None:
                     value = self._read()
                     self._stamp, self._value = found, value
                     self._passed_over, self._is_refused = None, False
-                    _log.info("changed secret was read", secret=self._what)
+                    metrics.SECRETS_PASSED_OVER.labels(self._setting).set(0)
+                    _log.info("changed secret was read", setting=self._setting)
             except (OSError, ConfigurationError) as error:
                 reason = error.message if isinstance(error, ConfigurationError) else str(error)
                 if self._passed_over != reason:
                     self._passed_over = reason
+                    metrics.SECRETS_PASSED_OVER.labels(self._setting).set(1)
                     _log.warning(
-                        "changed secret cannot be used, keeping the former", secret=self._what, reason=reason
+                        "changed secret cannot be used, keeping the former",
+                        setting=self._setting,
+                        reason=reason,
                     )
             return self._value
 
@@ -75,9 +79,13 @@ class Rotated(Generic[T]):
         with self._lock:
             if value == self._value:
                 self._accepted = value
+                if self._is_refused:  # what accepts it was changed, too
+                    self._is_refused = False
+                    metrics.SECRETS_PASSED_OVER.labels(self._setting).set(0)
             elif not self._is_refused:
                 self._is_refused = True
-                _log.warning("changed secret is refused, the former one is not", secret=self._what)
+                metrics.SECRETS_PASSED_OVER.labels(self._setting).set(1)
+                _log.warning("changed secret is refused, the former one is not", setting=self._setting)
 
 
 def password(setting: str, path: Path) -> Rotated[str]:

@@ -24,6 +24,7 @@ from pipeline.database import migrate
 from pipeline.settings import Settings, load
 from tests.support.eventually import eventually, eventually_sync
 from tests.support.gateway import JPEG, serving
+from tests.support.mounts import MountedSecret
 from tests.support.workers import WorkerProcess
 
 FORM = {"file": ("cat.jpg", JPEG)}
@@ -58,10 +59,12 @@ def gateway_process(tmp_path: Path, settings: Settings) -> Iterator[WorkerProces
         process.kill()
 
 
-async def test_keys_are_asked_for_and_follow_their_file(tmp_path: Path) -> None:
+async def test_keys_are_asked_for_and_follow_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a keys file every route of the API needs a key, health does not, and a rotated file counts."""
-    keys = tmp_path / "keys"
-    keys.write_text("# operators\nfirst-key\n\n  schlüssel  \n")
+    mounted = MountedSecret(tmp_path / "mounted", {"keys": "# operators\nfirst-key\n\n  schlüssel  \n"})
+    keys = mounted / "keys"
     async with serving(settings_for(tmp_path, api_keys_file=keys)) as gateway:
         get = gateway.http.get
 
@@ -88,13 +91,23 @@ async def test_keys_are_asked_for_and_follow_their_file(tmp_path: Path) -> None:
         assert ready.status_code == 503
         assert "127.0.0.1" not in ready.text
 
-        keys.write_text("second-key\n")
+        async def answers(key: str, expected: int) -> None:
+            async def check() -> bool:
+                return await status({"x-api-key": key}) == expected
 
-        async def is_rotated() -> bool:
-            return await status({"x-api-key": "second-key"}) == 503
+            await eventually(check, 10.0)
 
-        await eventually(is_rotated, 10.0)
+        async def is_passed_over() -> bool:
+            assert await status({"x-api-key": "first-key"}) == 503
+            return "changed secret cannot be used" in capsys.readouterr().out
+
+        mounted.replace({"keys": b"second-key\n\xff"})  # half-written
+        await eventually(is_passed_over, 10.0)
+        mounted.replace({"keys": "second-key\n"})
+        await answers("second-key", 503)
         assert await status({"x-api-key": "first-key"}) == 401
+        mounted.replace({"keys": "# nobody\n"})
+        await answers("second-key", 401)
 
 
 def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
