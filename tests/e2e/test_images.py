@@ -41,7 +41,8 @@ print(os.getuid(), os.getgid(), *refused)
 """
 
 
-@pytest.fixture(scope="module")
+# Of the widest scope and automatic, so that a skip comes before the services are started.
+@pytest.fixture(scope="session", autouse=True)
 def built() -> dict[str, str]:
     """Names of the images that this run builds, by target."""
     if (reason := images.reason_without()) is not None:
