@@ -41,8 +41,8 @@ class ControlPlane:
         self._token = secrets.token_hex(16)
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *, controllers: bool = False) -> None:
-        """Start everything and wait until the API server is ready."""
+    def start(self, *, controllers: bool = False, proxy: Identity | None = None) -> None:
+        """Start everything and wait until the API server is ready; as `proxy` it asks servers of further APIs."""
         client, peer = (f"http://127.0.0.1:{find_free()}" for _ in range(2))
         self._spawn(
             "etcd", "--data-dir", self.folder / "etcd", "--unsafe-no-fsync", "--log-level", "error",
@@ -61,6 +61,7 @@ class ControlPlane:
             "--service-account-key-file", identity.certificate,
             "--service-account-signing-key-file", identity.key,
             "--service-cluster-ip-range", "10.96.0.0/16", "--endpoint-reconciler-type", "none",
+            *(_asking_as(proxy) if proxy else ()),
         )  # fmt: skip
         self._write_kubeconfig(identity.certificate)
         self._wait(identity.certificate)
@@ -104,9 +105,14 @@ class ControlPlane:
         found: list[dict[str, Any]] = answer.get("items", [answer])
         return found
 
+    def run(self, program: Path, *arguments: str | int | Path, **environment: str) -> None:
+        """Start a program that ends with this control plane; its environment has KUBECONFIG."""
+        argv = [str(each) for each in (program, *arguments)]
+        log_path = self.folder / f"{program.name}.log"
+        self._children.append(spawn(argv, log_path=log_path, env=self.environment() | environment))
+
     def _spawn(self, name: str, *arguments: str | int | Path) -> None:
-        argv = [str(each) for each in (self._binaries / name, *arguments)]
-        self._children.append(spawn(argv, log_path=self.folder / f"{name}.log"))
+        self.run(self._binaries / name, *arguments)
 
     def _write_kubeconfig(self, certificate: Path) -> None:
         authority = base64.b64encode(certificate.read_bytes()).decode()
@@ -137,6 +143,15 @@ class ControlPlane:
     def _logs(self) -> str:
         tails = (path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
         return "the control plane does not start:\n" + "\n".join(tails)
+
+
+def _asking_as(proxy: Identity) -> tuple[str | Path, ...]:
+    return (
+        "--proxy-client-cert-file", proxy.certificate, "--proxy-client-key-file", proxy.key,
+        "--requestheader-client-ca-file", proxy.certificate, "--requestheader-username-headers", "X-Remote-User",
+        "--requestheader-group-headers", "X-Remote-Group",
+        "--requestheader-extra-headers-prefix", "X-Remote-Extra-",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,0 +1,192 @@
+"""Real KEDA and a real HPA on real lag order what the simulator says. Left out unless MILLRACE_TEST_KEDA is set."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import yaml
+
+from loadtest.autoscale import hpa, policies
+from loadtest.autoscale.expression import compile_formula
+from millrace.local import local_services
+from millrace.ports import find_free
+from pipeline import admin
+from pipeline.broker import Publisher
+from pipeline.events import ImageEvent, encode_image
+from pipeline.settings import Settings, load
+from pipeline.topics import IMAGES_BULK
+from tests.cluster import keda, programs
+from tests.cluster.control_plane import ControlPlane, install
+from tests.support import scaling
+from tests.support.certificates import Identity
+from tests.support.eventually import eventually
+from tests.support.manifests import Manifest
+
+pytestmark = [
+    pytest.mark.skipif("MILLRACE_TEST_KEDA" not in os.environ, reason="MILLRACE_TEST_KEDA is not set"),
+    pytest.mark.timeout(900),
+]
+RECORDS = 45_000
+#: KEDA polls every 30 s, the HPA syncs every 15 s; on a busy machine both are late.
+PATIENCE_SECONDS = 300.0
+WILDLIFE = policies.Facts(pod_images_per_second=227.0, deployment="wildlife")
+APPLIED = {"ConfigMap", "Deployment", "HorizontalPodAutoscaler", "ScaledObject", "Secret", "ServiceAccount"}
+
+
+class Prometheus:
+    """Answers the queries of the deadline policy with numbers that a test sets."""
+
+    def __init__(self) -> None:
+        self.values = {"arrival": 500.0, "skew": 1 / 12, "waited": 0.0, "ready": 0.0, "speed": 227.0}
+        names = {query: name for name, query in policies.queries(WILDLIFE).items()}
+        values = self.values
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                (query,) = parse_qs(urlsplit(self.path).query)["query"]
+                result = [{"metric": {}, "value": [0, str(values[names[query]])]}]
+                answer = {"status": "success", "data": {"resultType": "vector", "result": result}}
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            def log_message(self, *args: object) -> None:
+                """Say nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[ControlPlane]:
+    """Run a control plane with its controllers, KEDA's kinds and KEDA."""
+    proxy = Identity(tmp_path / "proxy", "front-proxy")
+    plane = ControlPlane(tmp_path, programs.folder())
+    try:
+        plane.start(controllers=True, proxy=proxy)
+        install(plane, keda.definitions())
+        keda.start(plane, proxy)
+        plane.kubectl("create", "namespace", "millrace")
+        yield plane
+    finally:
+        plane.stop()
+
+
+@pytest.fixture
+def kafka(tmp_path: Path) -> Iterator[Settings]:
+    """Run a broker with all topics."""
+    settings = load(
+        data_dir=tmp_path / "data",
+        kafka_port=find_free(),
+        kafka_controller_port=find_free(),
+        database_url="postgresql://127.0.0.1:1/none",
+    )
+    with local_services(settings):
+        own = settings.model_copy(update={"kafka_bootstrap_servers": settings.resolved_kafka})
+        asyncio.run(admin.apply_topics(own))
+        yield own
+
+
+@pytest.fixture
+def prometheus() -> Iterator[Prometheus]:
+    """Answer for Prometheus."""
+    found = Prometheus()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def millrace(*arguments: str) -> list[Manifest]:
+    """Return the manifests that a command prints."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "millrace", *arguments], capture_output=True, text=True, check=True
+    )
+    return [each for each in yaml.safe_load_all(ran.stdout) if each]
+
+
+async def publish(settings: Settings) -> None:
+    publisher = Publisher(settings, client_id="test")
+    await publisher.start()
+    try:
+        topic = settings.topic(IMAGES_BULK.name)
+        for first in range(0, RECORDS, 1000):
+            pictures = (ImageEvent(id=f"image-{first + n}", data=b"x") for n in range(1000))
+            await asyncio.gather(
+                *(publisher.publish_forever(topic, encode_image(each), step="test") for each in pictures)
+            )
+    finally:
+        await publisher.stop()
+
+
+def replicas(cluster: ControlPlane) -> dict[str, int]:
+    return {
+        each["metadata"]["name"]: each["spec"]["replicas"]
+        for each in cluster.items("deployments", "--namespace=millrace")
+    }
+
+
+def test_they_order_what_the_simulator_says(
+    cluster: ControlPlane, kafka: Settings, prometheus: Prometheus
+) -> None:
+    """45,000 waiting records become as many replicas, from none on, as the simulator makes of the ScaledObjects."""
+    rendered = millrace(
+        "k8s", "render", "--kafka", kafka.resolved_kafka, "--policy", "lag",
+        "--deployment", "default=builtin:quality", "--deployment", "wildlife=builtin:quality",
+    )  # fmt: skip
+    planned = policies.deadline(
+        policies.Facts(
+            pod_images_per_second=WILDLIFE.pod_images_per_second,
+            deployment=WILDLIFE.deployment,
+            bootstrap_servers=kafka.resolved_kafka,
+            prometheus=prometheus.address,
+        )
+    )
+    wildlife = planned.manifest()
+    wildlife["metadata"]["namespace"] = "millrace"
+    chosen = {
+        (each["kind"], each["metadata"]["name"]): each for each in rendered if each["kind"] in APPLIED
+    } | {("ScaledObject", wildlife["metadata"]["name"]): wildlife}
+    cluster.kubectl("apply", "--filename=-", stdin=yaml.safe_dump_all(chosen.values()))
+
+    def lie_still() -> bool:
+        found = replicas(cluster)
+        return found["archive"] == found["predict-default"] == found["watch"] == 0 and found["store"] == 1
+
+    asyncio.run(eventually(lie_still, PATIENCE_SECONDS))
+    asyncio.run(publish(kafka))
+    expected = {
+        name: hpa.wanted_by(
+            hpa.Metric(RECORDS, int(each["spec"]["triggers"][1]["metadata"]["lagThreshold"])),
+            1,
+            scaling.read(each).behavior,
+        )
+        for name, each in ((name, chosen["ScaledObject", name]) for name in ("archive", "predict-default"))
+    }
+    assert expected == {"archive": 3, "predict-default": 2}
+    compute = compile_formula(policies.formula(WILDLIFE))
+
+    def told(waited: float) -> int:
+        pods = float(replicas(cluster)["predict-wildlife"])
+        lag = {"realtime": 0.0, "bulk": float(RECORDS), "pods": pods}
+        return round(compute(prometheus.values | lag | {"waited": waited}))
+
+    def follow() -> bool:
+        found = replicas(cluster)
+        wanted = expected | {"predict-wildlife": told(prometheus.values["waited"])}
+        return {name: found[name] for name in wanted} == wanted and found["store"] == found["record"] == 1
+
+    asyncio.run(eventually(follow, PATIENCE_SECONDS))
+    before = replicas(cluster)["predict-wildlife"]
+    prometheus.values["waited"] = 200.0  # past HIGH of the deadline
+    asyncio.run(eventually(lambda: replicas(cluster)["predict-wildlife"] > before, PATIENCE_SECONDS))
+    asyncio.run(eventually(follow, PATIENCE_SECONDS))
+    assert (before, replicas(cluster)["predict-wildlife"]) == (2, 3)
