@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint unit bench soak cluster-check kube-score images asyncapi manifests dashboards requirements clean
+.PHONY: help run test check lint unit bench soak cluster-check kube-score rights images asyncapi manifests dashboards requirements clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,6 +49,9 @@ cluster-check: $(READY) ## Apply the manifests to a real API server, which is bu
 
 kube-score: $(READY) ## Have kube-score look at the manifests; each exception is explained in tests/support/kube_score.py
 	@$(BIN)/python -m tests.support.kube_score && echo "nothing that is not explained"
+
+rights: $(READY) ## Take each right of each Kafka user away in turn, and see that something fails; USERS=store,watch for some
+	@MILLRACE_TEST_EVERY_RIGHT=$(or $(USERS),all) $(BIN)/python -m pytest tests/e2e/test_rights.py -k spared --capture=no $(ARGS)
 
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json

@@ -63,6 +63,7 @@ class EmbeddedKafka:
         heap_megabytes: Limit of the JVM's heap; the process takes 210 MB at rest, 275 MB under load with 512.
         host: Loopback address; there is no authentication, so no other address is sensible.
         properties: Broker properties that replace those chosen here.
+        format_options: Further options of `kafka-storage format`, for the first start on a folder.
         on_progress: Told of downloads, as `jars.kafka_classpath` does.
     """
 
@@ -74,6 +75,7 @@ class EmbeddedKafka:
         heap_megabytes: int = 512,
         host: str = "127.0.0.1",
         properties: Mapping[str, str] | None = None,
+        format_options: Sequence[str] = (),
         on_progress: Progress | None = None,
     ) -> None:
         self._folder = data_dir.absolute() / "kafka"
@@ -83,6 +85,7 @@ class EmbeddedKafka:
         self._controller_port = controller_port
         self._heap_megabytes = heap_megabytes
         self._properties = dict(properties or {})
+        self._format_options = tuple(format_options)
         self._on_progress = on_progress
         self._lock = FolderLock(self._folder / ".lock")
         self._process: subprocess.Popen[bytes] | None = None
@@ -206,7 +209,7 @@ class EmbeddedKafka:
             settings = self._write_properties("format.properties", unfinished)
             tool = [*self._java(classpath, "-Xmx128m"), "kafka.tools.StorageTool", "format"]
             formatting = processes.spawn(
-                [*tool, "-t", new_cluster_id(), "-c", settings],
+                [*tool, "-t", new_cluster_id(), "-c", settings, *self._format_options],
                 log_path=self._console,
                 cwd=self._folder,
                 env=_environment(),
