@@ -86,24 +86,25 @@ def _workloads(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _secrets(cluster: Cluster) -> Iterator[Finding]:
-    wanted = sorted({each for item in cluster.workloads for each in cluster_pods.references(item)})
-    if not wanted:
-        return
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for item in cluster.workloads:
+        for kind, name, key in cluster_pods.references(item):
+            wanted.setdefault((kind, name), set()).update({key} - {""})
     sound = True
-    for kind, name, key in wanted:
+    for (kind, name), keys in sorted(wanted.items()):
         there = (cluster.secrets if kind == "secret" else cluster.config_maps).get(name)
         if there is None:
             sound = False
-            yield Finding("secrets", "fault", f"{kind} {name} is missing", _origin(cluster, kind, name, key))
-        elif key and key not in there:
+            yield Finding("secrets", "fault", f"{kind} {name} is missing", _origin(cluster, kind, name, keys))
+        elif missing := sorted(keys - set(there)):
             sound = False
-            yield Finding("secrets", "fault", f"{kind} {name} has no key {key}", "add the key to it")
-    if sound:
-        names = sorted({name for _, name, _ in wanted})
+            yield Finding("secrets", "fault", f"{kind} {name} has no key {', '.join(missing)}", "add it")
+    if wanted and sound:
+        names = sorted({name for _, name in wanted})
         yield Finding("secrets", "ok", f"all that pods need: {', '.join(names)}")
 
 
-def _origin(cluster: Cluster, kind: str, name: str, key: str | None) -> str:
+def _origin(cluster: Cluster, kind: str, name: str, keys: set[str]) -> str:
     """Say who makes a secret, or how."""
     if kind == "configmap":
         return "apply the overlay again"
@@ -111,7 +112,7 @@ def _origin(cluster: Cluster, kind: str, name: str, key: str | None) -> str:
         return f"Strimzi makes it with the cluster: kubectl describe kafka {name.removesuffix('-cluster-ca-cert')}"
     if any(each["metadata"]["name"] == name for each in cluster.users):
         return f"Strimzi makes it for the user: kubectl describe kafkauser {name} --namespace {cluster.namespace}"
-    content = f"--from-file {key or 'KEY'}=FILE"
+    content = " ".join(f"--from-file {key}=FILE" for key in sorted(keys) or ["KEY"])
     return (
         f"kubectl create secret generic {name} --namespace {cluster.namespace} {content} (docs/kubernetes.md)"
     )

@@ -23,6 +23,7 @@ from millrace.ports import find_free
 from millrace.processes import spawn
 from tests.cluster import programs
 from tests.support.certificates import Identity
+from tests.support.eventually import eventually_sync
 from tests.support.schemas import of_modules
 
 # On two busy cores etcd and an API server with an empty database take 10 to 20 s.
@@ -179,9 +180,9 @@ def install(plane: ControlPlane, definitions: Sequence[Path]) -> None:
     """Install custom resource definitions, and the runtime class that NVIDIA's GPU operator brings."""
     for path in definitions:
         plane.kubectl("apply", "--server-side", "--filename", path)
-    plane.kubectl(
-        "wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinitions", "--all"
-    )
+    wait = ("wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinitions", "--all")
+    # kubectl gives up at once on an object that has no conditions yet.
+    eventually_sync(lambda: plane.try_kubectl(*wait).returncode == 0, 60)
     runtime = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "nvidia"}}
     plane.kubectl("create", "--filename=-", stdin=json.dumps(runtime | {"handler": "nvidia"}))
 

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.timeout(600)
 
 # Parts of others, which are here without them or tried with them.
 _PARTS = {"pods", "deployment"}
+# For the folder of a deployment of models; all others are for an overlay.
+_OF_A_DEPLOYMENT = {"gpu", "gpu-mig", "gpu-dra", "scaling-lag", "scaling-deadline", "secured-deployment"}
 
 
 def lost(given: Any, got: Any, path: str = "") -> Iterator[str]:
@@ -126,15 +128,13 @@ def test_an_unknown_field_is_refused(plane: ControlPlane) -> None:
 )
 def test_every_component_is_taken(plane: ControlPlane, tmp_path: Path, component: Path) -> None:
     """On top of the base and a deployment of models each component renders, and the API server takes the result."""
-    tree = Tree(tmp_path / "tree", "dev")
+    tree = Tree(tmp_path / "tree", "production")
     name, deployment = component.relative_to(manifests.COMPONENTS), tree.overlay / "predict-default"
-    if name.parts[0].startswith("gpu"):  # one of them only makes sense in a deployment's own folder
-        kustomization = yaml.safe_load((deployment / "kustomization.yaml").read_text())
-        kustomization["components"].append(f"../../../components/{name}")
-        (deployment / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        wanted = []
-    else:
-        wanted = [tree.folder / "components" / name]
+    kustomization = yaml.safe_load((deployment / "kustomization.yaml").read_text())
+    own = {"deployment", "secured-deployment"} | ({str(name)} if str(name) in _OF_A_DEPLOYMENT else set())
+    kustomization["components"] = [f"../../../components/{each}" for each in sorted(own)]
+    (deployment / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    wanted = [] if str(name) in own else [tree.folder / "components" / name]
     rendered = manifests.render_with(tmp_path, wanted, [tree.folder / "base", deployment])
     plane.try_kubectl("create", "namespace", "millrace")
     ran = plane.try_kubectl(

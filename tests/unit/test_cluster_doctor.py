@@ -1,5 +1,6 @@
 """`millrace k8s doctor`: what it makes of a cluster. On a real API server: tests/cluster."""
 
+import gzip
 import stat
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,32 @@ def test_a_sound_installation_has_no_finding_but_ok() -> None:
     assert len({each.check for each in found}) == 15
 
 
+def recorded() -> Cluster:
+    """Return what kubectl told of `production` on a real API server, see tests/cluster/record.py."""
+    path = Path(manifests.__file__).with_name("cluster.json.gz")
+    return msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Cluster)
+
+
+def test_a_recorded_installation_is_sound() -> None:
+    """Of what a real API server and kubectl answered nothing is at fault, and every check looked."""
+    found = examine(recorded())
+    # Topics and steps are compared with tables that may have grown since.
+    assert [each for each in found if each.status != "ok" and each.check not in ("topics", "workloads")] == []
+    assert {each.check for each in found} == {each.check for each in examine(sound())}
+
+
+def test_each_secret_of_a_recorded_installation_is_needed() -> None:
+    """Whichever secret that pods name is taken away, it is missed by name."""
+    cluster = recorded()
+    named = {name for item in cluster.workloads for kind, name, _ in references(item) if kind == "secret"}
+    assert len(named) > 5
+    for name in named:
+        secrets = {other: keys for other, keys in cluster.secrets.items() if other != name}
+        found = examine(msgspec.structs.replace(cluster, secrets=secrets))
+        missed = [each.detail for each in found if each.check == "secrets" and each.status == "fault"]
+        assert missed == [f"secret {name} is missing"]
+
+
 def status(**containers: Any) -> dict[str, Any]:
     return {
         "phase": "Running",
@@ -203,7 +230,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "secrets",
         "fault",
         "no key url",
-        "add the key",
+        "add it",
     ),
     "a topic that is missing": ({"topics": sound().topics[1:]}, "topics", "fault", TOPICS[0].name, "apply"),
     "a topic that is not ready": (

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from millrace import render
 from millrace.cli import app
+from millrace.plan import Policy
 from millrace.render import Rates, Wishes
 from millrace.tree import SOURCE, Tree, overlays
 from pipeline.errors import ConfigurationError
@@ -74,7 +75,13 @@ def test_a_new_deployment_is_the_default_once_more(tree: Tree) -> None:
 def test_policies_and_gpus_of_all_deployments(tree: Tree) -> None:
     """Each deployment gets the one policy and GPUs or none, once, right after what they change."""
     tree.set_deployment("wildlife", "builtin:quality")
-    for policy, gpu in (("lag", True), ("deadline", False), ("lag", False), ("deadline", True)):
+    wishes: list[tuple[Policy, bool]] = [
+        ("lag", True),
+        ("deadline", False),
+        ("lag", False),
+        ("deadline", True),
+    ]
+    for policy, gpu in wishes:
         tree.set_policy(policy)
         tree.set_gpu(gpu)
         assert tree.policy() == policy
