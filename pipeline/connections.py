@@ -81,7 +81,7 @@ class _Connection(AIOKafkaConnection):  # type: ignore[misc]
 
     def send(self, request: Any, expect_response: bool = True) -> Any:
         """Send; the answer to an authentication says how long it holds."""
-        answer = super().send(request, expect_response)
+        answer = self._answer(super().send(request, expect_response))
         return self._noting_session(answer) if isinstance(request, SaslAuthenticateRequest) else answer
 
     def connected(self) -> bool:
@@ -93,6 +93,16 @@ class _Connection(AIOKafkaConnection):  # type: ignore[misc]
         if self._leaving is not None:
             self._leaving.cancel()
         return super().close(reason, exc)
+
+    async def _answer(self, answer: Any) -> Any:
+        try:
+            return await answer
+        except TimeoutError:
+            if not self._is_leaving:
+                raise
+            # The client would close the connection that took this one's place, or stumble where there is none yet.
+            self.close(CloseReason.CONNECTION_TIMEOUT)
+            raise KafkaConnectionError("no answer on a connection that takes no more requests") from None
 
     async def _noting_session(self, answer: Any) -> Any:
         response = await answer

@@ -64,8 +64,8 @@ class ControlPlane:
             "--service-cluster-ip-range", "10.96.0.0/16", "--endpoint-reconciler-type", "none",
             *(_asking_as(proxy) if proxy else ()),
         )  # fmt: skip
-        self._write_kubeconfig(identity.certificate)
-        self._wait(identity.certificate)
+        self._write_kubeconfig(identity.authority)
+        self._wait(identity.authority)
         if controllers:
             self._spawn(
                 "kube-controller-manager", "--kubeconfig", self.kubeconfig, "--bind-address", "127.0.0.1",

@@ -6,6 +6,7 @@ processes are never restarted, but where a test kills one.
 """
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from pipeline import broker
 from pipeline.errors import DependencyError
 from pipeline.settings import Settings
 from tests.support import scram, services
-from tests.support.certificates import PASSWORD, Identity
+from tests.support.certificates import Identity
 from tests.support.eventually import eventually
 from tests.support.mounts import MountedSecret
 from tests.support.spine import STEPS, Installation, Spine, environment, installation, under_load
 
 pytestmark = pytest.mark.timeout(240)
 
+AUDIT = Path(__file__).parent.parent / "support" / "audit"
 USER = "millrace"
 SESSION_SECONDS = 3.0
 
@@ -50,6 +52,7 @@ class Secured:
         self.mounted.replace(certificates(server, client))
         self.kafka.stop()
         self.server.store.write_bytes(server.store.read_bytes())
+        self.server.trusted.write_bytes(server.trusted.read_bytes())
         self.kafka.start()
 
     def set_password(self, password: str) -> None:
@@ -74,7 +77,7 @@ class Secured:
 def certificates(server: Identity, client: Identity) -> dict[str, str | bytes]:
     """Return the files of a client."""
     return {
-        "ca.crt": server.certificate.read_bytes(),
+        "ca.crt": server.authority.read_bytes(),
         "user.crt": client.certificate.read_bytes(),
         "user.key": client.key.read_bytes(),
     }
@@ -91,9 +94,7 @@ def start_broker(folder: Path, server: Identity) -> tuple[EmbeddedKafka, int]:
         "connections.max.reauth.ms": str(int(SESSION_SECONDS * 1000)),
         "sasl.enabled.mechanisms": "SCRAM-SHA-512",
         "ssl.client.auth": "required",
-        **{f"ssl.{kind}.location": str(server.store) for kind in ("keystore", "truststore")},
-        **{f"ssl.{kind}.type": "JKS" for kind in ("keystore", "truststore")},
-        **{f"ssl.{kind}.password": PASSWORD for kind in ("keystore", "truststore", "key")},
+        **server.broker_properties(),
     }
     kafka = EmbeddedKafka(
         folder,
@@ -108,6 +109,19 @@ def start_broker(folder: Path, server: Identity) -> tuple[EmbeddedKafka, int]:
     )
     kafka.start()
     return kafka, secure
+
+
+def auditing(folder: Path) -> dict[str, str]:
+    """Return the environment of processes that have a folder for what is temporary, and note where they write."""
+    (folder / "tmp").mkdir()
+    (folder / "home").mkdir()
+    return {
+        "PYTHONPATH": os.pathsep.join([str(AUDIT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "TEST_WRITES_FILE": str(folder / "writes"),
+        "TMPDIR": str(folder / "tmp"),
+        "HOME": str(folder / "home"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +158,7 @@ def secured(postgres: str, _template: str, tmp_path_factory: pytest.TempPathFact
             MILLRACE_KAFKA_TLS_CERTIFICATE_FILE=str(mounted / "user.crt"),
             MILLRACE_KAFKA_TLS_KEY_FILE=str(mounted / "user.key"),
             MILLRACE_DATABASE_PASSWORD_FILE=str(mounted / "database-password"),
+            **auditing(folder),
         )  # fmt: skip
         with installation(given, folder) as made:
             yield Secured(kafka, folder, server, mounted, postgres, role, made)
@@ -257,3 +272,13 @@ async def test_the_database_changes_the_password(spine: Spine, secured: Secured)
         await spine.wait_stored(len(spine.journal))
     await spine.settled(max_repeated=0)
     await check_same(spine, pids)
+
+
+async def test_processes_write_where_a_pod_may(spine: Spine, secured: Secured) -> None:
+    """Whatever else a step does, it writes nowhere but to the temporary folder and the object store."""
+    await spine.send_many("writes", 10)
+    await spine.settled()
+    written = {Path(line) for line in (secured.folder / "writes").read_text().splitlines()}
+    allowed = (secured.folder / "tmp", secured.folder / "objects", Path(os.devnull))
+    assert any(path.is_relative_to(allowed[0]) for path in written)
+    assert {path for path in written if not any(map(path.is_relative_to, allowed))} == set()
