@@ -3,14 +3,18 @@
 All tests share one spine with one partition a lane, as those of `test_bad_input` do.
 """
 
+import asyncio
+import re
+
 import pytest
 from aiokafka import AIOKafkaProducer
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.errors import RecordTooLargeError
 from pipeline.events import Outgoing
 from pipeline.objects import ObjectStore
 from pipeline.topics import MAX_IMAGE_RECORD_BYTES
-from tests.support import pictures
+from tests.support import pictures, queries
 from tests.support.raw_batches import RawRecord, produce, record_batch
 from tests.support.spine import Spine, picture
 
@@ -158,3 +162,29 @@ async def test_garbage_on_the_output_topics(shared_spine: Spine) -> None:
     await shared_spine.settled(dead_letters=["garbage"])
     (listed,) = await shared_spine.database.dead_letters(image_id="garbage")
     assert (listed.letter.code, listed.letter.group) == ("contract", settings.group("store"))
+
+
+# What dashboards and alerts ask for that only other processes show, and what has not happened here.
+ELSEWHERE = (
+    r"millrace_(uploads|request|samples_dropped|windows|alert_steps|collected|collect_seconds|receiver|notifications)"
+    r"|millrace_(retries|limiter_open|handover|queue|batches)"
+)
+
+
+async def test_workers_show_what_dashboards_ask_for(shared_spine: Spine) -> None:
+    """What dashboards and alerts ask workers for is there, by name and with its labels, once they have worked."""
+    await shared_spine.send_raw(Outgoing(None, JPEG, ()))
+    await shared_spine.settled()
+    shown: dict[str, set[str]] = {}
+    for worker in shared_spine.crew.running:
+        for family in text_string_to_metric_families((await asyncio.to_thread(worker.get, "/metrics"))[1]):
+            for sample in family.samples:
+                shown.setdefault(sample.name, set()).update(sample.labels)
+    asked = {
+        selector.name or ""
+        for query in queries.queries()
+        for selector in queries.selectors(queries.parse(query.text))
+    }
+    own = {name for name in asked if re.match(r"millrace_|process_", name)}
+    expected = {name: queries.known()[name] for name in own if not re.match(ELSEWHERE, name)}
+    assert {name: shown.get(name) for name in expected} == expected

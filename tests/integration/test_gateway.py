@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import admin
 from pipeline.database import Database
@@ -16,6 +17,7 @@ from pipeline.events import SHA256_HEX
 from pipeline.objects import ObjectStore
 from pipeline.settings import Settings
 from pipeline.topics import IMAGES_BULK, IMAGES_REALTIME
+from tests.support import queries
 from tests.support.eventually import eventually
 from tests.support.gateway import JPEG, PNG, Gateway, Workers, installed, serving
 
@@ -98,6 +100,29 @@ async def test_an_uploaded_form_is_an_event_and_can_be_looked_up(gateway: Gatewa
     )
     predictions = await gateway.http.get(body["links"]["predictions"])
     assert {"id": body["id"], "predictions": []} == predictions.json()
+
+
+async def test_the_gateway_shows_what_dashboards_ask_for(gateway: Gateway) -> None:
+    """Requests and uploads are there under the names and with the labels that dashboards and alerts ask for."""
+    assert (await gateway.http.post("/v1/images", files=form(JPEG))).status_code == 202
+    text = (await gateway.http.get("/metrics")).text
+    shown = {
+        sample.name: set(sample.labels)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    asked = {
+        selector.name or ""
+        for query in queries.queries()
+        for selector in queries.selectors(queries.parse(query.text))
+    }
+    expected = {
+        name: queries.known()[name]
+        for name in asked
+        if name.startswith(("millrace_uploads", "millrace_request"))
+    }
+    assert len(expected) == 3
+    assert {name: shown.get(name, set()) | {"le"} & labels for name, labels in expected.items()} == expected
 
 
 async def test_a_raw_body_and_its_parameters_reach_the_event(gateway: Gateway, workers: Workers) -> None:
