@@ -15,6 +15,7 @@ from typing import Any
 
 import faust
 from aiokafka.errors import ConsumerStoppedError
+from aiokafka.structs import TopicPartition as KafkaPartition
 from faust.transport.consumer import Fetcher
 from faust.transport.drivers import aiokafka as driver
 from faust.transport.producer import Producer
@@ -25,8 +26,13 @@ from pipeline import logs
 from pipeline.errors import DependencyError
 from pipeline.readers import to_record
 from pipeline.settings import Settings
+from pipeline.topics import lane_of
 
 log = logs.get(__name__)
+
+
+def _is_bulk(partition: KafkaPartition) -> bool:
+    return lane_of(partition.topic) == "bulk"
 
 
 class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
@@ -72,7 +78,8 @@ class LedgerConsumer(driver.Consumer):  # type: ignore[misc]
         if not self.flow_active or fetch.ownership is not self.ownership:
             return  # a rebalance has begun: the next ownership's first fetch goes to its beginning
         generation = fetch.ownership.generation
-        for tp in fetch.positions.keys() | fetch.records.keys():
+        # What somebody waits for does not wait for the rest of its fetch.
+        for tp in sorted(fetch.positions.keys() | fetch.records.keys(), key=_is_bulk):
             given = [to_record(record) for record in fetch.records.get(tp, ())]
             opened = self.delivery.fetched(
                 (tp.topic, tp.partition), generation, given, fetch.positions.get(tp)

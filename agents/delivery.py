@@ -13,7 +13,7 @@ before it can work on one holds it: `take` -> `buffer` -> `claim` -> `release` o
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 from agents.careful import Mark
 from agents.commits import CommitResult, Commits, Committer
@@ -22,7 +22,7 @@ from agents.ownership import Delivered, LaneBudget, Partition, Start, TopicParti
 from pipeline import logs, metrics, topics
 from pipeline.errors import FatalError, MillraceError, ProcessKilledError
 from pipeline.events import Record
-from pipeline.topics import Lane
+from pipeline.topics import LANES, Lane
 
 __all__ = ["CommitResult", "Committer", "Delivered", "Delivery", "Start", "TopicPartition"]
 
@@ -64,10 +64,13 @@ class Delivery:
 
     # What a step uses
 
-    async def take(self, max_records: int, max_bytes: int) -> list[Delivered]:
+    async def take(
+        self, max_records: int, max_bytes: int, room: Callable[[], Collection[Lane]] = LANES.keys
+    ) -> list[Delivered]:
         """Wait for records and take up to so many, real-time first; safe to cancel.
 
-        One caller at a time. At least one record is returned however large it is.
+        One caller at a time. At least one record is returned however large it is. Healthy records are taken from
+        the lanes in `room()` alone; `look_again` has it asked again.
 
         Raises:
             FatalError: a record that kills its worker could not be rejected.
@@ -79,7 +82,7 @@ class Delivery:
                 raise FatalError(f"a record could not be rejected: {error}") from self._broken
             turn_seconds = None
             if not (self._stopped or self._handing_over) and not await self._pass_suspects():
-                batch = self._inbox.pick(max_records, max_bytes)
+                batch = self._inbox.pick(max_records, max_bytes, room())
                 if batch:
                     return batch
                 suspect = self._inbox.next_suspect()
@@ -90,6 +93,10 @@ class Delivery:
                 # What is in flight may never end: the suspects' turn must end without it.
                 async with asyncio.timeout(turn_seconds):
                     await self._changed.wait()
+
+    def look_again(self) -> None:
+        """Have a `take` that waits ask for room again."""
+        self._changed.set()
 
     # What the consumer uses
 

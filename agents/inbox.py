@@ -54,14 +54,17 @@ class Inbox:
         else:
             self._lanes[delivered.lane].appendleft(delivered)
 
-    def pick(self, max_records: int, max_bytes: int) -> list[Delivered]:
-        """Take healthy records, at least one if any may start now."""
+    def pick(
+        self, max_records: int, max_bytes: int, lanes: Collection[Lane] = LANES.keys()
+    ) -> list[Delivered]:
+        """Take healthy records of these lanes, at least one if any may start now."""
         if self._alone is not None or self._suspects_wait():
             return []  # let what is in flight finish: a suspect must be alone
         self._takes += 1
         order: list[Lane] = ["realtime", "bulk"]
         if self._takes % BULK_TURN == 0:
             order.reverse()
+        order = [lane for lane in order if lane in lanes]
         batch: list[Delivered] = []
         size_bytes = 0
         for lane in order:

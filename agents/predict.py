@@ -51,6 +51,7 @@ class Predict:
         self._replica = Replica(settings, self._objects, self._load)
         self._device = torch.device("cpu")
         self._engine: Engine | None = None
+        self._delivery: Delivery | None = None
         #: What ran so far: models with their versions -> the latest revision they ran as.
         self._revisions: dict[Identities, int] = {}
         self._identities: Identities = ()
@@ -82,6 +83,7 @@ class Predict:
         """Submit records while the engine has room."""
         assert self._engine is not None
         assert self._broken is not None
+        self._delivery = delivery
         async with asyncio.TaskGroup() as group:
             group.create_task(self._pump(delivery, self._engine))
             group.create_task(_watch(self._engine.fatal))
@@ -107,6 +109,7 @@ class Predict:
             EngineOptions.from_settings(self._settings, self._device),
             fetch=lambda key: self._objects.get(key, self._settings.max_image_bytes),
             deliver=self._deliver,
+            on_room=self._on_room,
         )
         try:
             await engine.start()
@@ -141,11 +144,14 @@ class Predict:
 
     async def _pump(self, delivery: Delivery, engine: Engine) -> None:
         while True:
-            await engine.wait_for_room()
             while not self._limiter.may_try(time.monotonic()):  # noqa: ASYNC110 (the clock decides)
                 await asyncio.sleep(min(1.0, self._settings.fault_probe_seconds / 10))
-            for delivered in await delivery.take(1, self._settings.max_open_bytes):
+            for delivered in await delivery.take(1, self._settings.max_open_bytes, engine.room):
                 self._submit(delivered, engine)
+
+    def _on_room(self) -> None:
+        if self._delivery is not None:
+            self._delivery.look_again()
 
     def _submit(self, delivered: Delivered, engine: Engine) -> None:
         record = delivered.record

@@ -101,7 +101,7 @@ class LoadBench:
                 await outcomes.wait(ids)
             require_all(outcomes, ids)
         mean_batch_size = (after[1] - before[1]) / (after[0] - before[0])
-        batch_seconds = mean_batch_size / (images / seconds)
+        batch_seconds = self._settings.max_batch_size / (images / seconds)
         p99 = percentile(seen.latencies, 0.99)
         found = Backlog(
             images=count,

@@ -100,7 +100,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
     """Real-time pictures while a bulk backlog is worked off, and the worker's memory until it is gone.
 
-    A batch takes `batch_seconds`: the mean size of a batch under the backlog by the images/s.
+    A batch takes `batch_seconds`: a full one of bulk pictures, at the images/s under the backlog. The mean size
+    counts the small batches of real-time pictures, too.
     """
 
     images: int

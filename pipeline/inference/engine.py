@@ -28,11 +28,12 @@ from pipeline.inference.outcomes import Dropped, Failed, Outcome, Request, Work
 from pipeline.inference.swapping import Swap
 from pipeline.models import Model, torch_threads
 from pipeline.settings import Settings
+from pipeline.topics import LANES, Lane
 
-# One batch being decoded while another is on the device; more only makes real-time work wait.
+# Of each lane: one batch being decoded while another is on the device; more is only memory.
 DECODE_AHEAD_BATCHES = 2
 # The same bound for models with large inputs.
-DECODE_AHEAD_BYTES = 512 * 1024 * 1024
+DECODE_AHEAD_BYTES = 256 * 1024 * 1024
 
 Deliver = Callable[[Sequence[tuple[Request, Outcome]]], None]
 
@@ -71,7 +72,8 @@ class Engine:
     """Turns requests into outcomes; all methods are called on one event loop.
 
     `fetch` gets the bytes of a dataref (raising `MissingImageError`, `ImageTooLargeError` or
-    `DependencyError`); `deliver` gets the outcomes of a batch together and must not block.
+    `DependencyError`); `deliver` gets the outcomes of a batch together and must not block. `on_room` is called
+    when a lane that `room` left out has room again.
     """
 
     #: Fails with a `FatalError` when the device hangs or is lost; outcomes end then. Set by `start`.
@@ -84,6 +86,7 @@ class Engine:
         *,
         fetch: Callable[[str], Awaitable[bytes]],
         deliver: Deliver,
+        on_room: Callable[[], None],
     ) -> None:
         self._options = options
         self._deliver_outcomes = deliver
@@ -108,8 +111,10 @@ class Engine:
         )
         self._room_records = self._room()
         self._open: set[Work] = set()
-        self._ahead = 0  # waiting for the decoder, in it, or decoded and not dispatched
-        self._room_waiters: list[asyncio.Future[None]] = []
+        # Waiting for the decoder, in it, or decoded and not dispatched.
+        self._ahead: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        self._on_room = on_room
+        self._shut: list[Lane] = []  # what `room` left out
         self._all_done: asyncio.Future[None] | None = None
         self._wait_timer: asyncio.TimerHandle | None = None
         self._wake_is_coming = False
@@ -132,12 +137,13 @@ class Engine:
             self._stopped = True
             raise
 
-    async def wait_for_room(self) -> None:
-        """Return once fewer records wait for the device than it takes to keep it busy."""
-        while self._ahead >= self._room_records and not self._stopped:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._room_waiters.append(waiter)
-            await waiter
+    def room(self) -> Sequence[Lane]:
+        """Return the lanes of which fewer records wait for the device than it takes to keep it busy.
+
+        Each for itself: a real-time record never waits for bulk ones to leave.
+        """
+        self._shut = [lane for lane in LANES if not self._has_room(lane)]
+        return [lane for lane in LANES if lane not in self._shut]
 
     def submit(self, request: Request) -> None:
         """Accept a request; never blocks, its outcome is delivered later."""
@@ -201,8 +207,11 @@ class Engine:
         device, threads = self._options.device, torch_threads(models, self._options.torch_threads)
         return Forward(models, device, threads if device.type == "cpu" else 0, self._meter)
 
+    def _has_room(self, lane: Lane) -> bool:
+        return self._stopped or self._ahead[lane] < self._room_records
+
     def _room(self) -> int:
-        """Return how many records may wait for the device."""
+        """Return how many records of a lane may wait for the device."""
         bytes_each = sum(view.width * view.height * 3 for view in self._decoder.views)
         size = self._options.max_batch_size
         return max(size, min(DECODE_AHEAD_BATCHES * size, DECODE_AHEAD_BYTES // bytes_each))
@@ -215,7 +224,7 @@ class Engine:
             self._room_records = self._room()
 
     def _decode(self, work: Work) -> None:
-        self._ahead += 1
+        self._ahead[work.request.lane] += 1
         self._decoder.add(work)
 
     def _on_fetched(self, work: Work) -> None:
@@ -253,7 +262,7 @@ class Engine:
             if work.error is None and not work.is_expired:
                 self._batcher.add(work, work.request.lane, work.deadline, work.pixel_bytes)
             else:
-                self._ahead -= 1
+                self._ahead[work.request.lane] -= 1
                 settled.append(self._settle(work))
         self._dispatch()
         self._deliver(settled)
@@ -280,7 +289,8 @@ class Engine:
         while self._device.is_free and len(self._batcher) and not self._stopped and not self.fatal.done():
             now = time.monotonic()
             cut = self._batcher.cut(now, self._decoder.coming(), draining=self._draining)
-            self._ahead -= len(cut.items) + len(cut.expired)
+            for work in (*cut.items, *cut.expired):
+                self._ahead[work.request.lane] -= 1
             settled += [self._settle(work) for work in cut.expired]
             ours = [work for work in cut.items if self._claim(work)]
             settled += [(work, Dropped()) for work in cut.items if not work.is_claimed]
@@ -342,11 +352,9 @@ class Engine:
             self._all_done.set_result(None)
 
     def _open_room(self) -> None:
-        if self._room_waiters and (self._ahead < self._room_records or self._stopped):
-            waiters, self._room_waiters = self._room_waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        if any(self._has_room(lane) for lane in self._shut):
+            self._shut = []
+            self._on_room()
 
     def _fail(self, error: FatalError) -> None:
         if not self.fatal.done():

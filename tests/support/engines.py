@@ -32,7 +32,8 @@ class Bench:
     """An engine with its outcomes."""
 
     def __init__(self, model: Sequence[Model], options: EngineOptions, fetch: Fetch) -> None:
-        self.engine = Engine(model, options, fetch=fetch, deliver=self._deliver)
+        self._room = asyncio.Event()
+        self.engine = Engine(model, options, fetch=fetch, deliver=self._deliver, on_room=self._room.set)
         self.outcomes: dict[str, Outcome] = {}
         self.calls: list[list[str]] = []
         self.claims: list[str] = []
@@ -71,6 +72,13 @@ class Bench:
                 self._changed.clear()
                 await self._changed.wait()
         return self.outcomes
+
+    async def wait_for_room(self, lane: Lane = "bulk") -> None:
+        """Wait until the engine has room for a record of a lane."""
+        async with asyncio.timeout(20):
+            while lane not in self.engine.room():
+                self._room.clear()
+                await self._room.wait()
 
     def _deliver(self, outcomes: Sequence[tuple[Request, Outcome]]) -> None:
         self.calls.append([request.event.id for request, _ in outcomes])

@@ -11,6 +11,7 @@ from agents import inbox
 from agents.delivery import CommitResult, Delivered, Delivery, Start, TopicPartition
 from pipeline.errors import DependencyError, FatalError, MillraceError
 from pipeline.events import Record
+from pipeline.topics import Lane
 
 REALTIME, BULK = "images.realtime.v1", "images.bulk.v1"
 GENERATION = 3
@@ -70,6 +71,24 @@ class Bench:
 
     async def take(self, count: int = 10) -> list[Delivered]:
         return await asyncio.wait_for(self.delivery.take(count, 1_000_000), 1)
+
+
+async def test_records_are_taken_from_lanes_with_room() -> None:
+    """A lane without room waits, the other one does not; once it has room, a caller that waits gets its records."""
+    bench = Bench()
+    bench.assign(REALTIME, BULK)
+    room: list[Lane] = ["realtime"]
+    bench.deliver(BULK, 0)
+    bench.deliver(REALTIME, 0)
+    [first] = await bench.delivery.take(10, 1_000_000, lambda: room)
+    assert first.lane == "realtime"
+    taking = asyncio.ensure_future(bench.delivery.take(10, 1_000_000, lambda: room))
+    await asyncio.sleep(0)
+    assert not taking.done()
+    room.append("bulk")
+    bench.delivery.look_again()
+    [second] = await asyncio.wait_for(taking, 1)
+    assert second.lane == "bulk"
 
 
 async def test_commits_only_the_finished_prefix() -> None:

@@ -113,14 +113,30 @@ async def test_room_opens_when_the_device_goes_on() -> None:
         bench.submit()
         await gate.is_entered()
         for _ in range(16):
-            await asyncio.wait_for(bench.engine.wait_for_room(), 5)
+            await asyncio.wait_for(bench.wait_for_room(), 5)
             bench.submit()
-        waiting = asyncio.ensure_future(bench.engine.wait_for_room())
+        waiting = asyncio.ensure_future(bench.wait_for_room())
         await decoded(bench, 16)
         assert not waiting.done()
         gate.opened.set()
         await asyncio.wait_for(waiting, 5)
         await bench.finished()
+
+
+async def test_realtime_has_room_of_its_own() -> None:
+    """A real-time record goes in, and next onto the device, however many bulk ones wait for it."""
+    gate = Gate()
+    async with running(gate.model) as bench:
+        bench.submit()
+        await gate.is_entered()
+        while "bulk" in bench.engine.room():
+            bench.submit()
+        assert bench.engine.room() == ["realtime"]
+        urgent = bench.submit(lane="realtime")
+        await decoded(bench, 17)
+        gate.opened.set()
+        await bench.finished()
+    assert bench.calls[1] == [urgent]
 
 
 def test_options_come_from_the_settings() -> None:
@@ -149,7 +165,7 @@ async def test_stopping_finishes_what_was_submitted() -> None:
     assert all(isinstance(bench.outcomes[name], Predicted) for name in names)
     late = bench.submit()
     assert bench.outcomes[late] == Dropped()
-    await asyncio.wait_for(bench.engine.wait_for_room(), 5)
+    await asyncio.wait_for(bench.wait_for_room(), 5)
 
 
 async def test_a_caller_that_waits_for_room_is_let_go_at_the_end() -> None:
@@ -160,7 +176,7 @@ async def test_a_caller_that_waits_for_room_is_let_go_at_the_end() -> None:
         await gate.is_entered()
         for _ in range(16):
             bench.submit()
-        waiting = asyncio.ensure_future(bench.engine.wait_for_room())
+        waiting = asyncio.ensure_future(bench.wait_for_room())
         await bench.engine.stop(drain_seconds=0)
         await asyncio.wait_for(waiting, 5)
         gate.opened.set()
@@ -219,7 +235,7 @@ async def run_mix(mix: list[tuple[str, Lane]]) -> None:
             "wrong digest": lambda lane: bench.submit(lane=lane, sha256="f" * 64),
         }
         for kind, lane in mix:
-            await bench.engine.wait_for_room()
+            await bench.wait_for_room()
             expected[submit[kind](lane)] = kind
         outcomes = await bench.finished()
     found = {name: describe(outcome) for name, outcome in outcomes.items()}

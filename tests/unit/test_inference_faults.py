@@ -244,7 +244,13 @@ async def test_many_passes_of_one_batch_are_no_hang() -> None:
 
 async def test_a_failing_warm_up_is_a_configuration_error() -> None:
     """A model that cannot work here ends the start with one line that names it and the setting."""
-    engine = Engine([models.failing_warm_up(CPU)], OPTIONS, fetch=nothing_to_fetch, deliver=lambda _: None)
+    engine = Engine(
+        [models.failing_warm_up(CPU)],
+        OPTIONS,
+        fetch=nothing_to_fetch,
+        deliver=lambda _: None,
+        on_room=lambda: None,
+    )
     with pytest.raises(ConfigurationError) as refused:
         await engine.start()
     assert refused.value.message == (
@@ -259,7 +265,9 @@ async def test_outcomes_that_cannot_be_delivered_are_fatal() -> None:
         raise KeyError("a bug")
 
     bench = Bench([models.doing_nothing(CPU)], OPTIONS, nothing_to_fetch)
-    bench.engine = Engine([models.doing_nothing(CPU)], OPTIONS, fetch=nothing_to_fetch, deliver=deliver)
+    bench.engine = Engine(
+        [models.doing_nothing(CPU)], OPTIONS, fetch=nothing_to_fetch, deliver=deliver, on_room=lambda: None
+    )
     await bench.engine.start()
     bench.submit()
     with pytest.raises(FatalError, match="could not be delivered: KeyError"):

@@ -16,7 +16,7 @@ from agents import kafka_thread
 from agents.consumer import LedgerConsumer
 from agents.kafka_thread import LedgerThread, Ownership
 from pipeline.errors import DependencyError, FatalError
-from tests.unit.test_delivery import BULK, GENERATION, Bench
+from tests.unit.test_delivery import BULK, GENERATION, REALTIME, Bench
 
 PLACE = KafkaPartition(BULK, 0)
 
@@ -26,6 +26,7 @@ class Log:
 
     def __init__(self) -> None:
         self.position = 0
+        self._prefetch_backoff, self._fetch_max_wait_ms = 0.1, 500
         self.answers = asyncio.Event()
         self.answers.set()
         self._closed = False
@@ -82,6 +83,7 @@ class Worker:
         self.thread.consumer = self.consumer  # type: ignore[assignment]
         self.thread._ensure_consumer = lambda: self.log
         self.thread._held, self.thread._went_back, self.thread._begun = {}, {}, None
+        self.thread._usual_bytes = 1.0
 
     async def _receive(self, record: Any) -> None:
         self.bench.delivery.received((BULK, 0), GENERATION, record.offset)
@@ -160,6 +162,64 @@ async def test_a_fetch_that_fails_skips_nothing(monkeypatch: pytest.MonkeyPatch)
     worker.log.fails = False
     await worker.fetch(6)
     assert await worker.offsets() == list(range(10))
+
+
+class Fetched:
+    """Stands in for aiokafka's fetcher: what lies there, by partition."""
+
+    def __init__(self, **sizes: list[int]) -> None:
+        self.there = {
+            KafkaPartition(topic.replace("_", "."), 0): [SimpleNamespace(value=bytes(size)) for size in each]
+            for topic, each in sizes.items()
+        }
+
+    async def fetched_records(
+        self, partitions: set[KafkaPartition], timeout: float, max_records: int
+    ) -> dict[KafkaPartition, list[Any]]:
+        assert partitions, "to aiokafka, none would mean all"
+        taken = {}
+        for place, records in self.there.items():
+            if place in partitions and records and max_records:
+                taken[place], self.there[place] = records[:max_records], records[max_records:]
+                max_records -= len(taken[place])
+        return taken
+
+
+async def drain(fetched: Fetched) -> list[dict[str, int]]:
+    """Take everything that lies there; return how many records of each topic came at a time."""
+    thread, times = Worker().thread, []
+    while records := await thread._drain(fetched, set(fetched.there), 0.0):
+        times.append({place.topic: len(taken) for place, taken in records.items()})
+    return times
+
+
+async def test_realtime_is_not_kept_behind_bulk_of_the_same_fetch() -> None:
+    """Real-time records are handed over at once, and before the bulk ones that were fetched earlier."""
+    times = await drain(Fetched(images_bulk_v1=[1] * 600, images_realtime_v1=[1] * 3))
+    assert list(times[0].items()) == [("images.realtime.v1", 3), ("images.bulk.v1", 500)]
+    assert times[1:] == [{"images.bulk.v1": 100}]
+
+
+async def test_large_records_are_handed_over_few_at_a_time() -> None:
+    """Once it is known that records are large, a few are passed on before others may come in between."""
+    times = await drain(Fetched(images_bulk_v1=[kafka_thread.MAX_POLL_BYTES // 4] * 900))
+    sizes = [size for time in times for size in time.values()]
+    assert sizes[0] == 500
+    assert sum(sizes) == 900
+    assert max(sizes[1:]) <= 4 / kafka_thread.USUAL_BYTES_WEIGHT
+
+
+async def test_a_paused_lane_keeps_no_fetch_of_the_other_waiting() -> None:
+    """While a lane is paused aiokafka asks for the other one at once, and soon again."""
+    worker = Worker()
+    worker.assign()
+    worker.consumer.ownership = Ownership(GENERATION, {(BULK, 0): 0, (REALTIME, 0): 0})
+    await worker.fetch()
+    assert worker.log._prefetch_backoff == kafka_thread.PREFETCH_BACKOFF_SECONDS
+    worker.bench.delivery._lanes["bulk"].paused = True
+    await worker.fetch()
+    assert worker.log._prefetch_backoff == 0.0
+    assert worker.log._fetch_max_wait_ms < kafka_thread.FETCH_WAIT_MILLISECONDS
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ async def test_swapping_under_load_loses_nothing_and_never_goes_back() -> None:
 
         async def submit() -> None:
             for number in range(300):
-                await bench.engine.wait_for_room()
+                await bench.wait_for_room()
                 bench.submit(pictures.truncated_jpeg() if number % 17 == 0 else pictures.solid((1, 2, 3)))
 
         async def swap() -> None:
