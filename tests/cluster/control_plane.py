@@ -149,7 +149,7 @@ class ControlPlane:
 def _asking_as(proxy: Identity) -> tuple[str | Path, ...]:
     return (
         "--proxy-client-cert-file", proxy.certificate, "--proxy-client-key-file", proxy.key,
-        "--requestheader-client-ca-file", proxy.certificate, "--requestheader-username-headers", "X-Remote-User",
+        "--requestheader-client-ca-file", proxy.authority, "--requestheader-username-headers", "X-Remote-User",
         "--requestheader-group-headers", "X-Remote-Group",
         "--requestheader-extra-headers-prefix", "X-Remote-Extra-",
     )  # fmt: skip

@@ -33,7 +33,7 @@ def start(plane: ControlPlane, proxy: Identity) -> None:
     """Start both, and let the API server send those who ask for external metrics there."""
     keys = plane.folder / "keda"
     own = Identity(keys, "keda")
-    for name, source in (("tls.crt", own.certificate), ("tls.key", own.key), ("ca.crt", own.certificate)):
+    for name, source in (("tls.crt", own.certificate), ("tls.key", own.key), ("ca.crt", own.authority)):
         (keys / name).write_bytes(source.read_bytes())
     metrics_port, api_port = find_free(), find_free()
     plane.run(
@@ -46,7 +46,7 @@ def start(plane: ControlPlane, proxy: Identity) -> None:
     plane.run(
         folder() / "adapter", "--lister-kubeconfig", plane.kubeconfig,
         "--authentication-kubeconfig", plane.kubeconfig, "--authorization-kubeconfig", plane.kubeconfig,
-        "--authentication-skip-lookup", "--requestheader-client-ca-file", proxy.certificate,
+        "--authentication-skip-lookup", "--requestheader-client-ca-file", proxy.authority,
         "--bind-address", "127.0.0.1", "--secure-port", api_port, "--port", find_free(),
         "--tls-cert-file", keys / "tls.crt", "--tls-private-key-file", keys / "tls.key", "--cert-dir", keys,
         "--metrics-service-address", f"localhost:{metrics_port}",
