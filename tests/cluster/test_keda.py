@@ -1,6 +1,7 @@
 """Real KEDA and a real HPA on real lag order what the simulator says. Left out unless MILLRACE_TEST_KEDA is set."""
 
 import asyncio
+import copy
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ from pipeline.settings import Settings, load
 from pipeline.topics import IMAGES_BULK
 from tests.cluster import keda, programs
 from tests.cluster.control_plane import ControlPlane, install
-from tests.support import scaling
+from tests.integration.test_secure_broker import Secure, secure  # noqa: F401
+from tests.support import manifests, scaling
 from tests.support.certificates import Identity
 from tests.support.eventually import eventually
 from tests.support.manifests import Manifest
@@ -190,3 +192,59 @@ def test_they_order_what_the_simulator_says(
     asyncio.run(eventually(lambda: replicas(cluster)["predict-wildlife"] > before, PATIENCE_SECONDS))
     asyncio.run(eventually(follow, PATIENCE_SECONDS))
     assert (before, replicas(cluster)["predict-wildlife"]) == (2, 3)
+
+
+def read(path: str, kind: str, name: str) -> Manifest:
+    """Return one object of a file under k8s/strimzi."""
+    return manifests.find(list(yaml.safe_load_all((manifests.TREE / path).read_text())), kind, name)
+
+
+def secured(way: str, port: int) -> list[Manifest]:
+    """Return a Deployment and how `archive` would be scaled if Kafka wanted keys, as components/keda-* have it."""
+    component = f"components/keda-{way}"
+    authentication = read(f"{component}/trigger-authentication.yaml", "TriggerAuthentication", "kafka")
+    authentication["metadata"]["name"] = way
+    for reference in authentication["spec"]["secretTargetRef"]:
+        reference["name"] = reference["name"].replace("keda", f"keda-{way}")
+    scaled = copy.deepcopy(read("base/scaled-objects.yaml", "ScaledObject", "archive"))
+    scaled["metadata"]["name"] = scaled["spec"]["scaleTargetRef"]["name"] = way
+    for number, trigger in enumerate(scaled["spec"]["triggers"]):
+        for patch in yaml.safe_load((manifests.TREE / component / f"trigger-{number}.yaml").read_text()):
+            *_, parent, field = patch["path"].split("/")
+            (trigger["metadata"] if parent == "metadata" else trigger)[field] = patch["value"]
+        trigger["authenticationRef"]["name"] = way
+        trigger["metadata"]["bootstrapServers"] = f"localhost:{port}"
+    labels = {"app.kubernetes.io/name": way}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "none", "image": "none"}]}}
+    target = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": way},
+        "spec": {"selector": {"matchLabels": labels}, "template": template},
+    }
+    return [authentication, scaled, target]
+
+
+def secret(name: str, **values: str) -> Manifest:
+    data = {key.replace("_", "."): value for key, value in values.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data}
+
+
+def test_keda_sees_lag_where_kafka_wants_keys(cluster: ControlPlane, secure: Secure) -> None:  # noqa: F811
+    """With the password or the certificate of Strimzi's secrets KEDA sees over TLS how much waits."""
+    settings = secure.by_password()
+    asyncio.run(admin.apply_topics(settings))
+    asyncio.run(publish(settings))
+    user = read("components/keda-scram/trigger-authentication.yaml", "ConfigMap", "keda-kafka")
+    user["data"]["username"] = "alice"
+    keys = {"user_crt": secure.client.certificate.read_text(), "user_key": secure.client.key.read_text()}
+    objects = [
+        user,
+        secret("keda-scram", password="first"),
+        secret("keda-mtls", **keys),
+        secret("millrace-cluster-ca-cert", ca_crt=secure.server.certificate.read_text()),
+        *secured("scram", secure.sasl_port),
+        *secured("mtls", secure.mutual_port),
+    ]
+    cluster.kubectl("apply", "--namespace=millrace", "--filename=-", stdin=yaml.safe_dump_all(objects))
+    asyncio.run(eventually(lambda: replicas(cluster) == {"scram": 3, "mtls": 3}, PATIENCE_SECONDS))
