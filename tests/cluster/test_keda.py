@@ -242,7 +242,7 @@ def test_keda_sees_lag_where_kafka_wants_keys(cluster: ControlPlane, secure: Sec
         user,
         secret("keda-scram", password="first"),
         secret("keda-mtls", **keys),
-        secret("millrace-cluster-ca-cert", ca_crt=secure.server.certificate.read_text()),
+        secret("millrace-cluster-ca-cert", ca_crt=secure.server.authority.read_text()),
         *secured("scram", secure.sasl_port),
         *secured("mtls", secure.mutual_port),
     ]
