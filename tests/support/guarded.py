@@ -4,6 +4,7 @@ The tests' own connections come by another listener, as a superuser. Requests th
 are, past what a client would look up first, so that the answer is the authorizer's.
 """
 
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -159,7 +160,8 @@ async def write(admin: AIOKafkaAdminClient, topic: str) -> str:
         magic=2, compression_type=0, is_transactional=0, producer_id=-1, producer_epoch=-1, base_sequence=-1,
         batch_size=1000,
     )  # fmt: skip
-    builder.append(0, timestamp=1, key=None, value=b"x", headers=[])
+    # Of now: retention would take an old one, and all that is with it.
+    builder.append(0, timestamp=time.time_ns() // 1_000_000, key=None, value=b"x", headers=[])
     return await _ask(admin, ProduceRequest(None, -1, 5000, [(topic, [(0, bytes(builder.build()))])]))
 
 
