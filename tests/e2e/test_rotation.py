@@ -19,7 +19,7 @@ from millrace import ports
 from millrace.kafka import EmbeddedKafka
 from pipeline import broker
 from pipeline.errors import DependencyError
-from pipeline.settings import Settings
+from pipeline.settings import Settings, load
 from tests.support import scram, services
 from tests.support.certificates import Identity
 from tests.support.eventually import eventually
@@ -39,6 +39,7 @@ class Secured:
 
     kafka: EmbeddedKafka
     folder: Path
+    port: int
     server: Identity
     mounted: MountedSecret
     postgres: str
@@ -69,9 +70,17 @@ class Secured:
             )
         )
 
-    @property
-    def settings(self) -> Settings:
-        return self.made.settings
+    def settings(self, client: str) -> Settings:
+        """Return settings of a client by one of the certificates that were made."""
+        return load(
+            kafka_bootstrap_servers=f"127.0.0.1:{self.port}",
+            kafka_security_protocol="SASL_SSL",
+            kafka_sasl_username=USER,
+            kafka_sasl_password_file=self.mounted / "password",
+            kafka_tls_ca_file=self.mounted / "ca.crt",
+            kafka_tls_certificate_file=self.folder / f"{client}.crt",
+            kafka_tls_key_file=self.folder / f"{client}.key",
+        )
 
 
 def certificates(server: Identity, client: Identity) -> dict[str, str | bytes]:
@@ -145,23 +154,25 @@ def secured(postgres: str, _template: str, tmp_path_factory: pytest.TempPathFact
             folder / "mounted",
             certificates(server, client) | {"password": "first\n", "database-password": "first\n"},
         )
-        given = environment(
-            f"127.0.0.1:{port}",
-            urlsplit(postgres)._replace(netloc=f"{role}@{urlsplit(postgres).netloc.rpartition('@')[2]}",
-                                        path=f"/{name}", query="").geturl(),
-            folder / "objects",
-            "",
-            MILLRACE_KAFKA_SECURITY_PROTOCOL="SASL_SSL",
-            MILLRACE_KAFKA_SASL_USERNAME=USER,
-            MILLRACE_KAFKA_SASL_PASSWORD_FILE=str(mounted / "password"),
-            MILLRACE_KAFKA_TLS_CA_FILE=str(mounted / "ca.crt"),
-            MILLRACE_KAFKA_TLS_CERTIFICATE_FILE=str(mounted / "user.crt"),
-            MILLRACE_KAFKA_TLS_KEY_FILE=str(mounted / "user.key"),
-            MILLRACE_DATABASE_PASSWORD_FILE=str(mounted / "database-password"),
-            **auditing(folder),
-        )  # fmt: skip
-        with installation(given, folder) as made:
-            yield Secured(kafka, folder, server, mounted, postgres, role, made)
+        # What sends, looks and counts comes by another door: only the processes may have to wait.
+        database = services.with_database(postgres, name)
+        with installation(
+            environment(kafka.bootstrap_servers, database, folder / "objects", ""), folder
+        ) as made:
+            host = urlsplit(postgres).netloc.rpartition("@")[2]
+            made.crew.environment |= {
+                "MILLRACE_KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{port}",
+                "MILLRACE_KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+                "MILLRACE_KAFKA_SASL_USERNAME": USER,
+                "MILLRACE_KAFKA_SASL_PASSWORD_FILE": str(mounted / "password"),
+                "MILLRACE_KAFKA_TLS_CA_FILE": str(mounted / "ca.crt"),
+                "MILLRACE_KAFKA_TLS_CERTIFICATE_FILE": str(mounted / "user.crt"),
+                "MILLRACE_KAFKA_TLS_KEY_FILE": str(mounted / "user.key"),
+                "MILLRACE_DATABASE_URL": f"postgresql://{role}@{host}/{name}",
+                "MILLRACE_DATABASE_PASSWORD_FILE": str(mounted / "database-password"),
+                **auditing(folder),
+            }
+            yield Secured(kafka, folder, port, server, mounted, postgres, role, made)
     finally:
         kafka.stop()
         services.run_apart(
@@ -197,12 +208,6 @@ async def check_same(spine: Spine, pids: set[int]) -> None:
 async def test_certificates_are_replaced(spine: Spine, secured: Secured) -> None:
     """Authority, certificate and key are replaced under load, the former refused: nothing is lost or doubled."""
     pids = {worker.pid for worker in spine.crew.running}
-    former = secured.settings.model_copy(
-        update={
-            "kafka_tls_certificate_file": secured.folder / "client-1.crt",
-            "kafka_tls_key_file": secured.folder / "client-1.key",
-        }
-    )
     async with under_load(spine, "certificates", rate_per_second=30):
         await spine.wait_stored(20)
         # Half of a new pair: everybody keeps the former, on connections that end every few seconds.
@@ -217,8 +222,9 @@ async def test_certificates_are_replaced(spine: Spine, secured: Secured) -> None
     # What the broker's restart repeats: what was finished and not committed before it.
     await spine.settled(max_repeated=60)
     await check_same(spine, pids)
+    await broker.ping(secured.settings("client-2"), 30.0)
     with pytest.raises(DependencyError):
-        await broker.ping(former, 5.0)
+        await broker.ping(secured.settings("client-1"), 5.0)
 
 
 async def test_the_broker_changes_the_password_first(spine: Spine, secured: Secured) -> None:
