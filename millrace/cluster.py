@@ -144,7 +144,7 @@ def _keys(kubectl: Kubectl, kind: str, here: str) -> dict[str, list[str]]:
 
 def _names(scaled_objects: list[Item]) -> list[tuple[str, str]]:
     """Return what the HPAs of ScaledObjects ask for: one metric per trigger, or the formula's."""
-    asked = []
+    asked: list[tuple[str, str]] = []
     for each in scaled_objects:
         status = each.get("status", {})
         formula = status.get("compositeScalerName")
