@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
+from structlog.testing import LogCapture
 
 from pipeline import rotation
 from pipeline.errors import ConfigurationError
@@ -19,6 +21,13 @@ def mounted(tmp_path: Path) -> MountedSecret:
 @pytest.fixture
 def followed(mounted: MountedSecret) -> Rotated[str]:
     return rotation.password("SETTING", mounted / "password")
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> LogCapture:
+    found = LogCapture()
+    monkeypatch.setattr(rotation, "_log", structlog.wrap_logger(None, processors=[found]))
+    return found
 
 
 def test_a_file_that_kubernetes_replaces(mounted: MountedSecret, followed: Rotated[str]) -> None:
@@ -45,7 +54,7 @@ def test_another_file_of_the_secret_is_replaced(mounted: MountedSecret, followed
     ],
 )
 def test_a_file_that_cannot_be_used(
-    spoil: Callable[[Path], object], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], object], reason: str, tmp_path: Path, logged: LogCapture
 ) -> None:
     """What could be read once is kept, is said once, and gives way to what is whole again."""
     path = tmp_path / "password"
@@ -53,10 +62,10 @@ def test_a_file_that_cannot_be_used(
     followed = rotation.password("SETTING", path)
     spoil(path)
     assert [followed.newest() for _ in range(3)] == ["first"] * 3
-    said = capsys.readouterr().out
-    assert said.count("changed secret cannot be used") == 1
-    assert "SETTING" in said
-    assert reason in said
+    [said] = logged.entries
+    assert said["event"].startswith("changed secret cannot be used")
+    assert said["setting"] == "SETTING"
+    assert reason in said["reason"]
     with pytest.raises(ConfigurationError, match=reason):
         rotation.password("SETTING", path)
     if path.is_dir():
@@ -66,14 +75,14 @@ def test_a_file_that_cannot_be_used(
 
 
 def test_what_is_refused_is_followed_by_what_was_accepted(
-    mounted: MountedSecret, followed: Rotated[str], capsys: pytest.CaptureFixture[str]
+    mounted: MountedSecret, followed: Rotated[str], logged: LogCapture
 ) -> None:
     """The newest is tried first, always; the one that worked last stays until another works."""
     followed.accept("first")
     mounted.replace({"password": "wrong"})
     assert followed.candidates() == ("wrong", "first")
     followed.accept("first")
-    assert "changed secret is refused" in capsys.readouterr().out
+    assert logged.entries[-1]["event"].startswith("changed secret is refused")
     mounted.replace({"password": "second"})
     assert followed.candidates() == ("second", "first")
     followed.accept("second")
@@ -95,13 +104,10 @@ def test_a_change_while_it_is_read(tmp_path: Path) -> None:
     assert followed.newest() == "second"
 
 
-def test_secrets_are_never_logged(
-    mounted: MountedSecret, followed: Rotated[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_secrets_are_never_logged(mounted: MountedSecret, followed: Rotated[str], logged: LogCapture) -> None:
     """Neither the former nor the new content is in any line."""
     mounted.replace({"password": "tomato-soup"})
     followed.newest()
     followed.accept("first")
-    said = capsys.readouterr().out
-    assert "changed secret was read" in said
-    assert "tomato-soup" not in said
+    assert logged.entries[0]["event"] == "changed secret was read"
+    assert "tomato-soup" not in str(logged.entries)
