@@ -19,11 +19,12 @@ from gateway.__main__ import listen
 from millrace import ports
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
-from pipeline import admin
+from pipeline import admin, rotation
 from pipeline.database import migrate
 from pipeline.settings import Settings, load
 from tests.support.eventually import eventually, eventually_sync
 from tests.support.gateway import JPEG, serving
+from tests.support.logged import capture
 from tests.support.mounts import MountedSecret
 from tests.support.workers import WorkerProcess
 
@@ -60,11 +61,12 @@ def gateway_process(tmp_path: Path, settings: Settings) -> Iterator[WorkerProces
 
 
 async def test_keys_are_asked_for_and_follow_their_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a keys file every route of the API needs a key, health does not, and a rotated file counts."""
     mounted = MountedSecret(tmp_path / "mounted", {"keys": "# operators\nfirst-key\n\n  schlüssel  \n"})
     keys = mounted / "keys"
+    logged = capture(monkeypatch, rotation)
     async with serving(settings_for(tmp_path, api_keys_file=keys)) as gateway:
         get = gateway.http.get
 
@@ -99,7 +101,7 @@ async def test_keys_are_asked_for_and_follow_their_file(
 
         async def is_passed_over() -> bool:
             assert await status({"x-api-key": "first-key"}) == 503
-            return "changed secret cannot be used" in capsys.readouterr().out
+            return any("changed secret cannot be used" in entry["event"] for entry in logged.entries)
 
         mounted.replace({"keys": b"second-key\n\xff"})  # half-written
         await eventually(is_passed_over, 10.0)

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import structlog
 from structlog.testing import LogCapture
 
 from pipeline import rotation
 from pipeline.errors import ConfigurationError
 from pipeline.rotation import Rotated
+from tests.support.logged import capture
 from tests.support.mounts import MountedSecret
 
 
@@ -25,9 +25,7 @@ def followed(mounted: MountedSecret) -> Rotated[str]:
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> LogCapture:
-    found = LogCapture()
-    monkeypatch.setattr(rotation, "_log", structlog.wrap_logger(None, processors=[found]))
-    return found
+    return capture(monkeypatch, rotation)
 
 
 def test_a_file_that_kubernetes_replaces(mounted: MountedSecret, followed: Rotated[str]) -> None:
