@@ -45,14 +45,23 @@ class Inbox:
             self._lanes[delivered.lane].append(delivered)
 
     def put_back(self, delivered: Delivered) -> None:
-        """Queue a taken record again, as the next of its kind."""
+        """Queue a taken record again, before the younger ones of its partition.
+
+        One that is done before its elders is done again by the partition's next owner.
+        """
         self._in_flight -= 1
         if self._alone is delivered:
             self._alone = None
             delivered.partition.open_suspects -= 1
             self.add(delivered)
         else:
-            self._lanes[delivered.lane].appendleft(delivered)
+            waiting, offset = self._lanes[delivered.lane], delivered.record.offset
+            elders = [
+                place
+                for place, other in enumerate(waiting)
+                if other.partition is delivered.partition and other.record.offset < offset
+            ]
+            waiting.insert(elders[-1] + 1 if elders else 0, delivered)
 
     def pick(
         self, max_records: int, max_bytes: int, lanes: Collection[Lane] = LANES.keys()

@@ -146,8 +146,12 @@ class Predict:
         while True:
             while not self._limiter.may_try(time.monotonic()):  # noqa: ASYNC110 (the clock decides)
                 await asyncio.sleep(min(1.0, self._settings.fault_probe_seconds / 10))
+            may_try_one = self._limiter.is_open
             for delivered in await delivery.take(1, self._settings.max_open_bytes, engine.room):
-                self._submit(delivered, engine)
+                if self._limiter.is_open and not may_try_one:
+                    delivered.put_back()  # it opened while there was no room
+                else:
+                    self._submit(delivered, engine)
 
     def _on_room(self) -> None:
         if self._delivery is not None:

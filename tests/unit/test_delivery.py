@@ -73,6 +73,18 @@ class Bench:
         return await asyncio.wait_for(self.delivery.take(count, 1_000_000), 1)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+async def test_records_that_are_put_back_keep_their_order(order: Sequence[int]) -> None:
+    """What is put back is taken again in the order of its partition: what goes first can be committed first."""
+    bench = Bench()
+    bench.assign(BULK)
+    bench.deliver(BULK, *range(6))
+    taken = await bench.take(4)
+    for index in order:
+        taken[index].put_back()
+    assert [delivered.record.offset for delivered in await bench.take(6)] == list(range(6))
+
+
 async def test_records_are_taken_from_lanes_with_room() -> None:
     """A lane without room waits, the other one does not; once it has room, a caller that waits gets its records."""
     bench = Bench()
