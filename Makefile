@@ -30,7 +30,7 @@ lint: $(READY)
 	@$(BIN)/lint-imports
 
 unit: $(READY)
-	@$(BIN)/python -m pytest tests/unit --quiet $(ARGS)
+	@$(BIN)/python -m pytest tests/unit --quiet -n 2 $(ARGS)
 
 bench: $(READY) ## Measure spine, engine and telemetry next to loops written by hand, as tables and as JSON
 	@$(BIN)/millrace bench $(ARGS)
