@@ -32,10 +32,7 @@ class Keys:
         Raises:
             ConfigurationError: it cannot be read or contains no key.
         """
-        try:
-            self._file = Rotated(SETTING, [path], lambda: _read(path))
-        except OSError as error:
-            raise ConfigurationError(f"{SETTING}: {path}: {error.strerror}") from None
+        self._file = Rotated(SETTING, [path], lambda: _read(path))
         self._looked_at = time.monotonic()
         self._digests = self._file.newest()
         if not self._digests:

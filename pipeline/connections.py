@@ -152,10 +152,7 @@ def _tls(authorities: Path | None, certificate: Path | None, key: Path | None) -
 
     names = f"{PREFIX}KAFKA_TLS_CA_FILE, {PREFIX}KAFKA_TLS_CERTIFICATE_FILE or {PREFIX}KAFKA_TLS_KEY_FILE"
     files = [path for path in (authorities, certificate, key) if path]
-    try:
-        return Rotated(f"{PREFIX}KAFKA_TLS_*_FILE", files, read)
-    except OSError as error:
-        raise ConfigurationError(f"{names}: cannot be used ({error})") from None
+    return Rotated(f"{PREFIX}KAFKA_TLS_*_FILE", files, read)
 
 
 @functools.cache

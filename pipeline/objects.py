@@ -257,10 +257,11 @@ def _follow(url: str, folder: Path) -> Rotated[Backend]:
     if urlsplit(url).scheme not in _SCHEMES:
         raise ConfigurationError(f"{setting}: is for buckets, and {PREFIX}OBJECT_STORE_URL is none")
     try:
-        # The folder too: Kubernetes changes a link in it.
-        return Rotated(setting, [folder, *(folder / name for name in names())], read)
+        files = [folder / name for name in names()]
     except OSError as error:
         raise ConfigurationError(f"{setting}: {folder}: {error.strerror}") from None
+    # The folder too: Kubernetes changes a link in it.
+    return Rotated(setting, [folder, *files], read)
 
 
 def _check_key(key: str) -> None:

@@ -100,14 +100,11 @@ def _decoder_of(fields: Sequence[str]) -> "msgspec.json.Decoder[_Plain[msgspec.S
         "Values",
         [
             (name, Annotated[float, msgspec.Meta(ge=low, le=high)], None)
-            for name, (low, high) in _limits(fields)
+            for name in fields
+            for low, high in [dcgm.PLAIN[name]]
         ],
         forbid_unknown_fields=True,
         frozen=True,
         gc=False,
     )
     return msgspec.json.Decoder(_Plain[values])  # type: ignore[valid-type]
-
-
-def _limits(fields: Sequence[str]) -> Sequence[tuple[str, tuple[float, float]]]:
-    return [(name, dcgm.PLAIN[name]) for name in fields]

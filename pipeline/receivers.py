@@ -134,10 +134,7 @@ def follow(path: Path) -> Rotated[tuple[Receiver, ...]]:
     Raises:
         ConfigurationError: as `read` does.
     """
-    try:
-        return Rotated(SETTING, [path], lambda: read(path))
-    except OSError as error:
-        raise ConfigurationError(f"{SETTING}: {path}: {error.strerror}") from None
+    return Rotated(SETTING, [path], lambda: read(path))
 
 
 def read(path: Path) -> tuple[Receiver, ...]:

@@ -30,7 +30,7 @@ class Rotated(Generic[T]):
         read: Makes the value of them; raises ConfigurationError or OSError when they cannot be used.
 
     Raises:
-        ConfigurationError, OSError: they cannot be used from the start.
+        ConfigurationError: they cannot be used from the start; as `read` says, or one that is not there.
     """
 
     def __init__(self, setting: str, files: Sequence[Path], read: Callable[[], T]) -> None:
@@ -39,8 +39,11 @@ class Rotated(Generic[T]):
         self._read = read
         self._lock = threading.Lock()
         # Before reading: what changes meanwhile is read again.
-        self._stamp = stamp(self._files)
-        self._value = read()
+        try:
+            self._stamp = stamp(self._files)
+            self._value = read()
+        except OSError as error:
+            raise ConfigurationError(f"{setting}: {error.filename}: {error.strerror}") from None
         self._accepted = self._value
         # What was said already: of a file that cannot be used, and of a value that is refused.
         self._passed_over: str | None = None
@@ -105,10 +108,7 @@ def password(setting: str, path: Path) -> Rotated[str]:
             raise ConfigurationError(f"{setting}: {path}: is empty")
         return found
 
-    try:
-        return Rotated(setting, [path], read)
-    except OSError as error:
-        raise ConfigurationError(f"{setting}: {path}: {error.strerror}") from None
+    return Rotated(setting, [path], read)
 
 
 def stamp(files: Sequence[Path]) -> _Stamp:
