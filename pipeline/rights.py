@@ -1,8 +1,8 @@
 """The table of rights: what each user of the brokers may do, and how much of a broker it may take.
 
-The KafkaUsers of the manifests are made from it. The invariant: everything works with these rights, and nothing
-that is tested works without any of them (`tests/e2e/test_rights.py`). Read and Write imply Describe; an idempotent
-producer needs no more than Write (KIP-679). Pure.
+The KafkaUsers of the manifests are made from it. The invariant: everything works with these rights
+(`tests/e2e/test_rights.py`); `make rights` takes each away in turn, to see whether it can be spared. Read and Write
+imply Describe; an idempotent producer needs no more than Write (KIP-679). Pure.
 """
 
 from collections.abc import Iterable, Sequence
