@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
+from agents import garbage
 from agents.consumer import Committer, StepApp
 from agents.delivery import Delivered, Delivery
 from agents.site import Site
@@ -167,6 +168,7 @@ class Worker:
         for topic in self._step.topics:
             self._app.read(self._settings.topic(topic.name))
         try:
+            garbage.set_apart()  # before this worker is a member, for nothing goes on meanwhile
             await self._app.start()
             self._warm = True
             log.info("started", group=self._settings.group(self._step.name))

@@ -47,8 +47,8 @@ RETRY_SECONDS = 1.0
 FETCH_WAIT_MILLISECONDS = 500
 # While a lane is paused.
 PAUSED_FETCH_WAIT_MILLISECONDS = 50
-# A member hears of a rebalance by its next heartbeat, and until then the whole group stands still. Kafka's usual 3 s
-# would be half of what a scale-out costs; a heartbeat is 50 bytes.
+# A member hears of a rebalance by its next heartbeat, and until then the whole group stands still: with Kafka's
+# usual 3 s that is half of what a scale-out costs; a heartbeat is 50 bytes.
 HEARTBEAT_SECONDS = 1.0
 # aiokafka's own: how long a broker is asked for nothing while something fetched from it is not taken.
 PREFETCH_BACKOFF_SECONDS = 0.1

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 import torch
 
+from agents import garbage
 from agents.delivery import Delivered, Delivery
 from agents.durable import publish_dead_letter
 from agents.replica import Replica, in_thread
@@ -132,6 +133,7 @@ class Predict:
         metrics.LIMITER_OPEN.labels(self.name).set(False)
         if self._publishing:
             await asyncio.wait(set(self._publishing))
+        garbage.set_apart_again()
 
     def _note(self, version: Version, models: Sequence[Model]) -> None:
         self._identities = tuple((model.name, model.version) for model in models)

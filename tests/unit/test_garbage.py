@@ -1,0 +1,54 @@
+"""What is loaded is left out of collections, until models are replaced."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from agents import garbage
+
+
+class Ring:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    """Leave nothing apart for other tests."""
+    yield
+    gc.unfreeze()
+
+
+def test_what_is_loaded_is_not_looked_at_until_it_is_replaced() -> None:
+    """A full collection passes over what was set apart; after a replacement the next one finds what is left."""
+    loaded = Ring()
+    seen = weakref.ref(loaded)
+    garbage.set_apart()
+    assert gc.get_freeze_count() > 10_000
+    del loaded
+    gc.collect()
+    assert seen() is not None, "looked at"
+    garbage.set_apart_again()
+    garbage.set_apart_again()
+    assert gc.get_freeze_count() == 0
+    gc.collect(1)
+    assert gc.get_freeze_count() == 0, "only a full collection has looked at everything"
+    gc.collect()
+    assert seen() is None
+    assert gc.get_freeze_count() > 10_000
+    frozen = gc.get_freeze_count()
+    gc.collect()
+    assert gc.get_freeze_count() <= frozen, "once for each replacement"
+
+
+def test_garbage_that_is_there_goes() -> None:
+    """What nobody needs when the rest is set apart is collected first."""
+    loaded = Ring()
+    seen = weakref.ref(loaded)
+    del loaded
+    garbage.set_apart()
+    assert seen() is None
