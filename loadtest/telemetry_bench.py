@@ -48,6 +48,8 @@ QUERIED_STEP = "5m"
 # A day at 10 s has 8,640.
 _MOST_POINTS = 10_000
 _STALL_SECONDS = 120.0
+# At once, as a worker with a backlog does.
+_INSERTED_SAMPLES = 10_000
 _WATCHED_SINCE = datetime(2026, 1, 31, 12, tzinfo=UTC)
 # Asked less often, the end would be seen late; more often, asking would be what is measured.
 _POLL_SECONDS = 0.1
@@ -64,8 +66,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     repeats: int = 3
     watched_seconds: int = 300
     scored_gpus: int = 10_000
-    #: Values in the database: where insertion and queries are measured.
-    growth_values: tuple[int, ...] = (1_000_000, 3_000_000, 10_000_000)
+    #: Values in the database, of a day: where insertion and queries are measured.
+    growth_values: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
+    growth_interval_seconds: float = 10.0
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,9 +216,10 @@ def _time_bare(settings: Settings, worker: Worker, samples: int) -> tuple[float,
 
 
 class Growth(msgspec.Struct, frozen=True, kw_only=True):
-    """The database with so many values in it, on the client's side; answers come from the gateway, over HTTP."""
+    """The database with a day of so many GPUs in it; answers come from the gateway, over HTTP."""
 
     values: int
+    gpus: int
     insert_samples_per_second: float
     #: All samples of one GPU over 24 h as JSON: all fields, and 5; and these by 5 minutes.
     whole_24h_seconds: float
@@ -224,30 +228,32 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def growth(settings: Settings, plan: Plan, worker: Worker, say: Say) -> dict[str, Any]:
-    """Measure insertion, queries and roll-ups while a day of a fleet fills the database."""
+    """Measure insertion, queries and roll-ups with a day of ever more GPUs in the database."""
     with worker(settings, "gateway") as url:
         return asyncio.run(_growth(settings, plan, url, say))
 
 
 async def _growth(settings: Settings, plan: Plan, url: str, say: Say) -> dict[str, Any]:
     database = await TelemetryDatabase.open(settings)
-    day, interval = timedelta(days=1), timedelta(seconds=10)
+    day, interval = timedelta(days=1), timedelta(seconds=plan.growth_interval_seconds)
     start = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - day
-    gpus = -(-plan.growth_values[-1] // len(FIELDS) // (day // interval))  # so many fill a day
+    steps = []
     try:
-        await _empty(settings)
-        steps, tick, stored = [], 0, 0
         for values in plan.growth_values:
-            rates = []
-            while stored * len(FIELDS) < values:
+            await _empty(settings)
+            # A whole day of so many GPUs, so that the answers are always of the same size.
+            gpus = max(1, round(values / len(FIELDS) / (day // interval)))
+            ticks = max(1, _INSERTED_SAMPLES // gpus)
+            rates, stored = [], 0
+            for first in range(0, day // interval, ticks):
                 batch = [
-                    ("bench", samples_of(plan, n, 9_999, gpus, start, interval))
-                    for n in range(tick, tick + max(1, min(10_000, values // len(FIELDS) - stored) // gpus))
+                    ("bench", samples_of(plan, tick, 9_999, gpus, start, interval))
+                    for tick in range(first, min(first + ticks, day // interval))
                 ]
                 begun = time.monotonic()
                 saved = await database.save_samples(batch)
                 rates.append(saved.stored / (time.monotonic() - begun))
-                tick, stored = tick + len(batch), stored + saved.stored
+                stored += saved.stored
             begun = time.monotonic()
             minutes = await Rollups(database.pool, database.partitions).advance(start + 2 * day)
             rolled = time.monotonic() - begun
@@ -259,7 +265,8 @@ async def _growth(settings: Settings, plan: Plan, url: str, say: Say) -> dict[st
             )
             step = Growth(
                 values=stored * len(FIELDS),
-                insert_samples_per_second=rounded(median(rates[-5:])),
+                gpus=gpus,
+                insert_samples_per_second=rounded(median(rates)),
                 whole_24h_seconds=rounded(whole),
                 raw_24h_seconds=rounded(raw),
                 rolled_24h_seconds=rounded(rolled_up),

@@ -98,8 +98,8 @@ def test_search_is_measured_in_a_database_of_its_own(capsys: pytest.CaptureFixtu
 def test_telemetry_is_measured_beside_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
     """Both ways through Kafka have stored what was published, and the growing database answers."""
     plan = telemetry_bench.Plan(
-        gpus_per_host=8, hosts=2, records=120, single_records=600, repeats=1, growth_values=(2_000, 4_000),
-        watched_seconds=90, scored_gpus=80,
+        gpus_per_host=8, hosts=2, records=120, single_records=600, repeats=1, growth_values=(480, 1_440),
+        growth_interval_seconds=3_600, watched_seconds=90, scored_gpus=80,
     )  # fmt: skip
     assert (
         benchmarks.run_telemetry(
@@ -115,7 +115,7 @@ def test_telemetry_is_measured_beside_a_bare_loop(capsys: pytest.CaptureFixture[
     assert found["watch"]["samples_per_second"] > 0
     assert found["score"]["whole_seconds_per_10000_gpus"] > found["score"]["seconds_per_10000_gpus"] > 0
     steps = found["growth"]["steps"]
-    assert [step["values"] for step in steps] == [2_000, 4_000]
+    assert [(step["values"], step["gpus"]) for step in steps] == [(480, 1), (1_440, 3)]
     assert all(step["insert_samples_per_second"] > 0 for step in steps)
     assert all(step[f"{name}_24h_seconds"] > 0 for step in steps for name in ("whole", "raw", "rolled"))
 
