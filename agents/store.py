@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import msgspec
 
@@ -181,17 +182,25 @@ class Store:
         await forever(lambda: database.save_models(values), step=self.name, dependency="database")
 
     async def _save(self, items: Sequence[Decoded]) -> None:
-        predictions = [item.prediction for item in items if item.prediction is not None]
+        predicted = [
+            (item.prediction, item.delivered.record.appended_at)
+            for item in items
+            if item.prediction is not None
+        ]
         letters = [item.letter for item in items if item.letter is not None]
-        await self._write(predictions, letters)
+        await self._write(predicted, letters)
 
-    async def _write(self, predictions: Sequence[Prediction], letters: Sequence[DeadLetter]) -> None:
+    async def _write(
+        self, predicted: Sequence[tuple[Prediction, datetime | None]], letters: Sequence[DeadLetter]
+    ) -> None:
         assert self._database is not None
         database = self._database
+        predictions = [prediction for prediction, _ in predicted]
+        published_at = [at for _, at in predicted]
 
         async def save() -> Saved:
             with metrics.STORE_SECONDS.time():
-                return await database.save(predictions, letters)
+                return await database.save(predictions, letters, published_at)
 
         saved = await forever(save, step=self.name, dependency="database")
         metrics.DUPLICATES.labels("repeat").inc(saved.repeats)

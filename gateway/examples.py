@@ -105,6 +105,7 @@ TRACE = Trace(
                     batch=TracedBatch(id="b-91", size=4, cut="idle", companions=("cat-7", "cat-8", "dog-2")),
                 ),
                 Step(step="forwarded", at=_TIME, seconds=0.0107, detail="builtin:quality 1 on cpu"),
+                Step(step="published", at=_TIME, seconds=0.004, detail="the prediction, to Kafka"),
             ),
         ),
     ),

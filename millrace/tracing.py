@@ -55,17 +55,15 @@ def _show(found: Trace) -> None:
 def _show_steps(found: Trace, deployment: DeploymentTrace) -> None:
     image = found.image
     begin = image.published_at or next((step.at for step in deployment.steps if step.at), None)
-    steps = list(deployment.steps)
-    if image.stored_at is not None:
-        steps.append(Step(step="archived", at=image.stored_at, detail="the images row was written"))
+    steps: list[Step] = []
     if image.published_at is not None:
         published = image.published_at.isoformat(timespec="milliseconds")
         steps.append(Step(step="published", at=image.published_at, detail=published))
-    # What began earlier comes first where clocks differ.
-    order = {"published": 0}
-    steps.sort(
-        key=lambda step: (step.at is None, step.at.timestamp() if step.at else 0.0, order.get(step.step, 1))
-    )
+    steps += deployment.steps
+    if image.stored_at is not None:
+        steps.append(Step(step="archived", at=image.stored_at, detail="the images row was written"))
+    # Of what is told of the same moment the earlier station stays first.
+    steps.sort(key=lambda step: (step.at is None, step.at.timestamp() if step.at else 0.0))
     rows = [
         (
             _milliseconds(_since(begin, step.at)),

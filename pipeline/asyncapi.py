@@ -98,7 +98,8 @@ def _channel(topic: Topic) -> JsonObject:
 def _topic_configuration(topic: Topic) -> JsonObject:
     config = topic.config()
     return {
-        name: [value] if name == "cleanup.policy" else int(value) for name, value in sorted(config.items())
+        name: [value] if name == "cleanup.policy" else int(value) if value.isdigit() else value
+        for name, value in sorted(config.items())
     }
 
 

@@ -93,8 +93,15 @@ class Database:
         except TimeoutError:
             raise DependencyError(f"PostgreSQL does not answer within {timeout_seconds:g} s") from None
 
-    async def save(self, predictions: Sequence[Prediction], dead_letters: Sequence[DeadLetter]) -> Saved:
+    async def save(
+        self,
+        predictions: Sequence[Prediction],
+        dead_letters: Sequence[DeadLetter],
+        published_at: Sequence[datetime | None] | None = None,
+    ) -> Saved:
         """Store a batch in one transaction; what is there already is counted and left as it is.
+
+        `published_at` says of each prediction when the broker took it, where that is known.
 
         Raises:
             StorageRefusedError: some record of the batch is at fault; nothing was stored.
@@ -102,7 +109,8 @@ class Database:
         """
         async with self._pool.transaction() as connection:
             await connection.execute(QUERIES["writers_share"], _DELETION_LOCK)
-            counts = await writes.save_predictions(connection, predictions) if predictions else {}
+            times = published_at or [None] * len(predictions)
+            counts = await writes.save_predictions(connection, predictions, times) if predictions else {}
             stored_letters = await writes.save_dead_letters(connection, dead_letters) if dead_letters else 0
         return Saved(**counts, dead_letters=stored_letters)
 

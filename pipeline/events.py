@@ -45,6 +45,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     key: bytes | None = None
     value: bytes | None = None
     headers: Headers = ()
+    #: Whether `timestamp_ms` is when the broker appended it, and not what its producer says.
+    is_stamped_by_broker: bool = False
 
     @property
     def default_id(self) -> str:
@@ -55,6 +57,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     def published_at(self) -> datetime:
         """The record's timestamp; a producer may write any number, the result is between 1970 and 9999."""
         return datetime.fromtimestamp(min(max(self.timestamp_ms, 0), _MAX_TIMESTAMP_MS) / 1000, UTC)
+
+    @property
+    def appended_at(self) -> datetime | None:
+        """When the broker appended it, to the millisecond; None where the topic keeps the producer's time."""
+        return self.published_at if self.is_stamped_by_broker else None
 
     def header(self, name: str) -> bytes | None:
         """Return the last header of that name, as Kafka's own clients do."""

@@ -30,6 +30,7 @@ from pipeline.topics import MEBIBYTE
 METADATA_SECONDS = 30.0
 _FETCH_BYTES = 16 * MEBIBYTE
 _POLL_MS = 500
+_LOG_APPEND_TIME = 1  # of a record's timestamp: KIP-32
 _MAX_RECORDS = 500
 
 # aiokafka's own parser ends every reader at a header name that is not UTF-8.
@@ -48,6 +49,7 @@ def to_record(message: Any) -> Record:
         key=message.key,
         value=message.value,
         headers=tuple((name, value) for name, value in message.headers if value is not None),
+        is_stamped_by_broker=message.timestamp_type == _LOG_APPEND_TIME,
     )
 
 

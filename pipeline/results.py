@@ -80,6 +80,8 @@ class StoredPrediction(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     stored_at: datetime
     prediction: Prediction
+    #: When the broker appended its record; None where its topic keeps no such time.
+    published_at: datetime | None = None
 
 
 class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +189,7 @@ def read_prediction(row: asyncpg.Record) -> StoredPrediction:
     return StoredPrediction(
         position=row["position"],
         stored_at=row["stored_at"],
+        published_at=row["published_at"],
         prediction=Prediction(
             id=row["prediction_id"],
             image_id=row["image_id"],

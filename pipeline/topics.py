@@ -36,11 +36,15 @@ class Topic:
     followers: tuple[str, ...] = ()
     #: The latest record of each key is kept for ever, an older one at least for `retention_seconds`.
     compacted: bool = False
+    #: The broker writes its own time over the producer's when it appends: how long publishing took can be told.
+    stamped_by_broker: bool = False
     lane: Lane | None = None
 
     def config(self) -> dict[str, str]:
         """Return the broker-side topic configuration."""
         common = {"max.message.bytes": str(self.max_record_bytes + 16 * 1024)}  # batch and header overhead
+        if self.stamped_by_broker:
+            common["message.timestamp.type"] = "LogAppendTime"
         if self.compacted:
             return common | {
                 "cleanup.policy": "compact",
@@ -83,6 +87,8 @@ PREDICTIONS = Topic(
     retention_seconds=7 * DAY_SECONDS,
     producers=("predict",),
     consumers=("store", "gateway", "any client"),
+    # When a prediction was made is in its value.
+    stamped_by_broker=True,
 )
 DEAD_LETTERS = Topic(
     name="dead-letters.v1",

@@ -16,7 +16,7 @@ from pipeline import admin, deadletters, events, logs
 from pipeline.database import Database
 from pipeline.deadletters import DeadLetter
 from pipeline.errors import ContractError, DependencyError
-from pipeline.events import Prediction, Record
+from pipeline.events import Prediction, Receipt, Record
 from pipeline.readers import read_all
 from pipeline.results import State, StoredDeadLetter, StoredPrediction, TracedImage
 from pipeline.settings import Settings
@@ -122,16 +122,28 @@ async def _predicted(database: Database, one: StoredPrediction, image: TracedIma
     if batch_id is not None:
         found = await database.companions(batch_id, prediction.deployment, MAX_COMPANIONS + 1)
         companions = [name for name in found if name != prediction.image_id][:MAX_COMPANIONS]
+    what = "consumed and written to PostgreSQL"
+    stored = Step(
+        step="stored", at=one.stored_at, seconds=_between(one.published_at or prediction.time, one.stored_at),
+        detail=what if one.published_at else f"published, {what}", prediction_id=prediction.id,
+    )  # fmt: skip
     return [
         *_computed(prediction, image.published_at, companions),
-        Step(
-            step="stored",
-            at=one.stored_at,
-            seconds=_between(prediction.time, one.stored_at),
-            detail="published, consumed and written to PostgreSQL",
-            prediction_id=prediction.id,
-        ),
+        *_published(prediction, one.published_at),
+        stored,
     ]
+
+
+def _published(prediction: Prediction, appended_at: datetime | None) -> list[Step]:
+    """Return the station at which the broker had the prediction, where its topic keeps that time."""
+    if appended_at is None:
+        return []
+    # The broker's clock counts milliseconds, and may be behind the worker's: none is before what it is of.
+    step = Step(
+        step="published", at=max(appended_at, prediction.time), seconds=_between(prediction.time, appended_at),
+        detail="the prediction, to Kafka", prediction_id=prediction.id,
+    )  # fmt: skip
+    return [step]
 
 
 def _computed(
@@ -140,9 +152,7 @@ def _computed(
     """Return the stations that a prediction itself tells of, counted back from when its outcome was known."""
     receipt, known_at = prediction.receipt, prediction.time
     if prediction.outcome == "expired":
-        return [
-            Step(step="expired", at=known_at, detail=prediction.reason or "", prediction_id=prediction.id)
-        ]
+        return _expired(prediction, published_at)
     forward, decode = receipt.forward_seconds or 0.0, receipt.decode_seconds or 0.0
     queue, wait = receipt.queue_seconds or 0.0, receipt.batch_wait_seconds
     forward_at = known_at - timedelta(seconds=forward)
@@ -150,7 +160,6 @@ def _computed(
     decoded_at = None if wait is None else forward_at - timedelta(seconds=wait)
     models = ", ".join(f"{result.model} {result.version}" for result in prediction.models)
     revision = f", revision {prediction.revision}" if prediction.revision else ""
-    size = f"{receipt.width} x {receipt.height}" if receipt.width and receipt.height else ""
     batch = None
     if receipt.batch_id is not None:
         batch = TracedBatch(
@@ -160,17 +169,44 @@ def _computed(
             companions=tuple(companions),
         )
     steps = [
-        Step(step="received", at=received_at, seconds=_between(published_at, received_at),
-             detail=f"from {receipt.topic}[{receipt.partition}] at {receipt.offset}"),
+        _received(receipt, published_at, received_at),
         Step(step="queued", at=None if decoded_at is None else decoded_at - timedelta(seconds=decode),
              seconds=queue if wait is None else max(0.0, queue - wait),
              detail="before the decode" if wait is not None else "before the decode and for a batch"),
-        Step(step="decoded", at=decoded_at, seconds=receipt.decode_seconds, detail=size),
+        Step(step="decoded", at=decoded_at, seconds=receipt.decode_seconds, detail=_size(receipt)),
         Step(step="batched", at=forward_at, seconds=wait, detail=_company(batch), batch=batch),
         Step(step="forwarded", at=known_at, seconds=receipt.forward_seconds,
              detail=" on ".join(filter(None, (models, receipt.device))) + revision),
     ]  # fmt: skip
     return [msgspec.structs.replace(step, prediction_id=prediction.id) for step in steps]
+
+
+def _expired(prediction: Prediction, published_at: datetime | None) -> list[Step]:
+    """Return how far a picture came before its deadline; a receipt of an older worker does not tell."""
+    receipt, known_at = prediction.receipt, prediction.time
+    expired = Step(step="expired", at=known_at, detail=prediction.reason or "")
+    steps = [expired]
+    if receipt.queue_seconds is not None:
+        decode, wait = receipt.decode_seconds, receipt.batch_wait_seconds or 0.0
+        decoded_at = known_at - timedelta(seconds=wait)
+        decoding_at = known_at if decode is None else decoded_at - timedelta(seconds=decode)
+        queue = max(0.0, receipt.queue_seconds - wait)
+        steps = [_received(receipt, published_at, decoding_at - timedelta(seconds=queue)),
+                 Step(step="queued", at=decoding_at, seconds=queue, detail="before the decode")]  # fmt: skip
+        if decode is not None:
+            steps += [Step(step="decoded", at=decoded_at, seconds=decode, detail=_size(receipt)),
+                      Step(step="queued", at=known_at, seconds=wait, detail="for a batch")]  # fmt: skip
+        steps.append(expired)
+    return [msgspec.structs.replace(step, prediction_id=prediction.id) for step in steps]
+
+
+def _received(receipt: Receipt, published_at: datetime | None, at: datetime) -> Step:
+    return Step(step="received", at=at, seconds=_between(published_at, at),
+                detail=f"from {receipt.topic}[{receipt.partition}] at {receipt.offset}")  # fmt: skip
+
+
+def _size(receipt: Receipt) -> str:
+    return f"{receipt.width} x {receipt.height}" if receipt.width and receipt.height else ""
 
 
 def _company(batch: TracedBatch | None) -> str:
@@ -258,7 +294,8 @@ async def _outcomes(settings: Settings, image_id: str, since: datetime) -> dict[
             continue
         if prediction.image_id == image_id:
             waits = Step(step="waiting", detail="for store to write it to PostgreSQL")
-            steps[prediction.deployment] = [*_computed(prediction, since), waits]
+            told = _published(prediction, record.appended_at)
+            steps[prediction.deployment] = [*_computed(prediction, since), *told, waits]
     header = deadletters.PREFIX + "image-id"
 
     def is_its(record: Record) -> bool:

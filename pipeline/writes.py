@@ -32,22 +32,25 @@ _EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 
 
-async def save_predictions(connection: Connection, predictions: Sequence[Prediction]) -> Counter[str]:
+async def save_predictions(
+    connection: Connection, predictions: Sequence[Prediction], published_at: Sequence[datetime | None]
+) -> Counter[str]:
     """Store predictions with their embeddings; count `stored`, `repeats`, `conflicts` and `deleted`.
 
     Raises:
         StorageRefusedError: an embedding is not what it says.
     """
-    first: dict[str, Prediction] = {}
+    #: By id the place in the batch of the one that counts.
+    first: dict[str, int] = {}
     revisions: dict[str, int] = {}
-    for prediction in predictions:
+    for place, prediction in enumerate(predictions):
         revisions[prediction.id] = max(prediction.revision, revisions.get(prediction.id, 0))
         known = first.get(prediction.id)
-        if known is None or _replaces(prediction, known):
-            first[prediction.id] = prediction
-    columns = _transposed([_prediction(prediction) for prediction in first.values()])
+        if known is None or _replaces(prediction, predictions[known]):
+            first[prediction.id] = place
+    columns = _transposed([_prediction(predictions[place], published_at[place]) for place in first.values()])
     stored = {row["prediction_id"] for row in await connection.fetch(QUERIES["save_predictions"], *columns)}
-    await _save_embeddings(connection, [prediction for key, prediction in first.items() if key in stored])
+    await _save_embeddings(connection, [predictions[place] for key, place in first.items() if key in stored])
     counts = Counter(stored=len(stored))
     if len(stored) == len(predictions):
         return counts
@@ -55,8 +58,8 @@ async def save_predictions(connection: Connection, predictions: Sequence[Predict
     await connection.execute(QUERIES["raise_revisions"], *_transposed(sorted(revisions.items())))
     found = await connection.fetch(QUERIES["prediction_identities"], list(first))
     kept = {row["prediction_id"]: (row["image_id"], row["input_sha256"]) for row in found}
-    for prediction in predictions:
-        if prediction.id in stored and first[prediction.id] is prediction:
+    for place, prediction in enumerate(predictions):
+        if prediction.id in stored and first[prediction.id] == place:
             stored.remove(prediction.id)  # the others of the batch met this one
         else:
             counts[_met(prediction, kept.get(prediction.id))] += 1
@@ -85,7 +88,7 @@ def _differ(old: str | None, new: str | None) -> bool:
     return old is not None and new is not None and old != new
 
 
-def _prediction(prediction: Prediction) -> tuple[Any, ...]:
+def _prediction(prediction: Prediction, published_at: datetime | None) -> tuple[Any, ...]:
     """Return one row in the order of `save_predictions`."""
     models = [msgspec.structs.replace(result, embedding=None) for result in prediction.models]
     return (
@@ -101,6 +104,7 @@ def _prediction(prediction: Prediction) -> tuple[Any, ...]:
         prediction.traceparent,
         prediction.time,
         prediction.revision,
+        published_at,
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from pipeline.errors import MillraceError
 from pipeline.events import ImageEvent, ModelResult, Receipt, Record
 from pipeline.imaging import Picture, View
@@ -106,8 +108,23 @@ class Work:
 
     def expired(self) -> Expired:
         """Return the outcome of a record that nobody waits for any more."""
-        record, expires_at = self.request.record, self.request.event.expires_at
-        receipt = Receipt(topic=record.topic, partition=record.partition, offset=record.offset)
+        expires_at = self.request.event.expires_at
         when = expires_at.isoformat() if expires_at else "unknown"
         reason = "past its deadline" if self.is_past_deadline() else "cannot be ready by its deadline"
-        return Expired(f"{reason}, {when}", receipt)
+        return Expired(f"{reason}, {when}", self._unfinished_receipt())
+
+    def _unfinished_receipt(self) -> Receipt:
+        """Say how far it came; all waiting up to now is `queue_seconds`."""
+        record, now = self.request.record, time.monotonic()
+        place = Receipt(
+            topic=record.topic, partition=record.partition, offset=record.offset,
+            queue_seconds=round(max(0.0, now - self.request.received_at), 6),
+        )  # fmt: skip
+        if self.picture is None:
+            return place
+        decode, wait = self.decode_ended_at - self.decode_started_at, max(0.0, now - self.decode_ended_at)
+        queue = max(0.0, self.decode_started_at - self.request.received_at + wait)
+        return msgspec.structs.replace(
+            place, width=self.picture.width, height=self.picture.height, queue_seconds=round(queue, 6),
+            batch_wait_seconds=round(wait, 6), decode_seconds=round(decode, 6),
+        )  # fmt: skip

@@ -1,11 +1,11 @@
 -- name: save_predictions
 -- Insert predictions; the first stored wins, but `predicted` replaces `expired`.
 INSERT INTO predictions AS old (prediction_id, image_id, deployment, lane, outcome, models, receipt, input_sha256,
-                                reason, traceparent, predicted_at, revision)
+                                reason, traceparent, predicted_at, revision, published_at)
 SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::jsonb[],
-                     $8::text[], $9::text[], $10::text[], $11::timestamptz[], $12::bigint[])
+                     $8::text[], $9::text[], $10::text[], $11::timestamptz[], $12::bigint[], $13::timestamptz[])
     AS new (prediction_id, image_id, deployment, lane, outcome, models, receipt, input_sha256,
-            reason, traceparent, predicted_at, revision)
+            reason, traceparent, predicted_at, revision, published_at)
 -- Late is what was made before the deletion, or made later from the very record that was deleted.
 WHERE NOT EXISTS (SELECT FROM deleted_images AS deleted
                   WHERE deleted.image_id = new.image_id
@@ -22,6 +22,7 @@ ON CONFLICT (prediction_id) DO UPDATE SET
     reason = excluded.reason,
     traceparent = excluded.traceparent,
     predicted_at = excluded.predicted_at,
+    published_at = excluded.published_at,
     revision = greatest(old.revision, excluded.revision)
 WHERE old.outcome = 'expired' AND excluded.outcome = 'predicted'
   AND old.image_id = excluded.image_id AND old.deployment = excluded.deployment
@@ -52,19 +53,19 @@ WHERE predictions.prediction_id = locked.prediction_id
 -- name: predictions_of_image
 -- All predictions of one image, of every version of the models, oldest first.
 SELECT prediction_id, position, image_id, deployment, lane, outcome, models, receipt, reason, traceparent,
-       predicted_at, stored_at, revision
+       predicted_at, stored_at, revision, published_at
 FROM predictions WHERE image_id = $1 ORDER BY position
 
 -- name: newest_predictions_of_image
 -- The newest prediction of one image in each deployment, oldest first.
 SELECT prediction_id, position, image_id, deployment, lane, outcome, models, receipt, reason, traceparent,
-       predicted_at, stored_at, revision
+       predicted_at, stored_at, revision, published_at
 FROM newest_predictions WHERE image_id = $1 ORDER BY position
 
 -- name: recent_predictions
 -- A page of predictions, newest first.
 SELECT prediction_id, position, image_id, deployment, lane, outcome, models, receipt, reason, traceparent,
-       predicted_at, stored_at, revision
+       predicted_at, stored_at, revision, published_at
 FROM predictions
 WHERE ($2::bigint IS NULL OR position < $2) AND ($3::text IS NULL OR deployment = $3)
 ORDER BY position DESC LIMIT $1

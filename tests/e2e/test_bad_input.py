@@ -12,6 +12,7 @@ import pytest
 from pipeline import events
 from pipeline.events import ImageEvent, Outgoing
 from pipeline.objects import ObjectStore
+from pipeline.trace import trace
 from tests.support import pictures
 from tests.support.spine import Spine, picture
 
@@ -238,6 +239,11 @@ async def test_deadlines_that_have_passed(shared_spine: Spine) -> None:
     (stored,) = await shared_spine.database.predictions("past")
     assert stored.prediction.outcome == "expired"
     assert f"past its deadline, {past:%Y-%m-%dT%H:%M}" in (stored.prediction.reason or "")
+    found = await trace(shared_spine.settings, shared_spine.database, "past")
+    assert found is not None
+    (deployment,) = found.deployments
+    way = [step.step for step in deployment.steps]
+    assert way == ["received", "queued", "expired", "published", "stored"]
     (stored,) = await shared_spine.database.predictions("future")
     assert stored.prediction.outcome == "predicted"
 

@@ -139,7 +139,9 @@ async def test_a_trace_tells_the_whole_way(spine: Spine, own_installation: Insta
     assert (code, err) == (0, "")
     (deployment,) = json.loads(out)["deployments"]
     steps = {step["step"]: step for step in deployment["steps"]}
-    assert list(steps) == ["received", "queued", "decoded", "batched", "forwarded", "stored"]
+    assert list(steps) == [
+        "received", "queued", "decoded", "batched", "forwarded", "published", "stored",
+    ]  # fmt: skip
     assert all(step["seconds"] >= 0 for step in steps.values())
     moments = [step["at"] for step in deployment["steps"]]
     assert moments == sorted(moments)

@@ -88,7 +88,9 @@ async def test_a_prediction_tells_its_way(settings: Settings, db: Database) -> N
         prediction(name, receipt=RECEIPT, deployment=deployment)
         for name, deployment in (("dog", "default"), ("cat", "default"), ("cow", "default"), ("ape", "other"))
     ]
-    await db.save([*ridden, prediction("pig", receipt=msgspec.structs.replace(RECEIPT, batch_id="b-2"))], [])
+    pig = prediction("pig", receipt=msgspec.structs.replace(RECEIPT, batch_id="b-2"))
+    published = NOW + timedelta(milliseconds=12)
+    await db.save([*ridden, pig], [], [None, published, None, None, None])
     await db.save_images([image_row("cat", published_at=NOW - timedelta(seconds=2))])
     found = await traced(settings, db, "cat")
     (deployment,) = found.deployments
@@ -104,7 +106,9 @@ async def test_a_prediction_tells_its_way(settings: Settings, db: Database) -> N
         ("received", at(1.0), 1.0), ("queued", at(0.7), 0.3), ("decoded", at(0.6), 0.1),
         ("batched", at(0.4), 0.2), ("forwarded", at(0.0), 0.4),
     ]  # fmt: skip
-    assert names(steps[5:]) == ["stored"]
+    assert [(step.step, step.at, step.seconds) for step in steps[5:6]] == [("published", published, 0.012)]
+    assert names(steps[6:]) == ["stored"]
+    assert found.image.stored_at is not None
     batch = steps[3].batch
     assert batch is not None
     assert (batch.id, batch.size, batch.cut, batch.companions) == ("b-1", 3, "idle", ("cow", "dog"))
@@ -116,12 +120,37 @@ async def test_a_receipt_of_an_older_worker(settings: Settings, db: Database) ->
     """Without the wait for the batch both waits are told together, and the order stays."""
     old = msgspec.structs.replace(RECEIPT, batch_wait_seconds=None, batch_size=1)
     bare = Receipt(topic="images.bulk.v1", partition=0, offset=7)
-    await db.save([prediction("cat", receipt=old), prediction("dog", receipt=bare)], [])
+    late = prediction("ape", receipt=bare, outcome="expired", reason="past its deadline")
+    await db.save([prediction("cat", receipt=old), prediction("dog", receipt=bare), late], [])
     steps = steps_of(await traced(settings, db, "cat"))
     assert names(steps) == ["received", "queued", "decoded", "batched", "forwarded", "stored"]
     assert [steps[1].seconds, steps[1].at, steps[2].seconds, steps[2].at] == [0.5, None, 0.1, None]
     assert steps[3].detail.startswith("alone")
     assert names(steps_of(await traced(settings, db, "dog")))[-1] == "stored"
+    assert names(steps_of(await traced(settings, db, "ape"))) == ["expired", "stored"]
+
+
+async def test_how_far_an_expired_picture_came(settings: Settings, db: Database) -> None:
+    """One that was decoded says how long it waited before and after that; one that was not, how long at all."""
+    place: dict[str, Any] = {"topic": "images.bulk.v1", "partition": 0, "offset": 7, "queue_seconds": 0.5}
+    waited = Receipt(**place)
+    decoded = Receipt(**place, batch_wait_seconds=0.2, decode_seconds=0.1, width=640, height=480)
+    expired: dict[str, Any] = {"outcome": "expired", "reason": "past its deadline"}
+    await db.save(
+        [prediction("cat", receipt=waited, **expired), prediction("dog", receipt=decoded, **expired)], []
+    )
+    await db.save_images([image_row("dog", published_at=NOW - timedelta(seconds=1))])
+    steps = steps_of(await traced(settings, db, "cat"))
+    half = NOW - timedelta(seconds=0.5)
+    assert [(step.step, step.at, step.seconds) for step in steps[:-1]] == [
+        ("received", half, None), ("queued", NOW, 0.5), ("expired", NOW, None),
+    ]  # fmt: skip
+    steps = steps_of(await traced(settings, db, "dog"))
+    assert [(step.step, step.seconds, step.detail) for step in steps[:-1]] == [
+        ("received", 0.4, "from images.bulk.v1[0] at 7"), ("queued", 0.3, "before the decode"),
+        ("decoded", 0.1, "640 x 480"), ("queued", 0.2, "for a batch"), ("expired", None, "past its deadline"),
+    ]  # fmt: skip
+    assert [steps[2].at, steps[-1].step] == [NOW - timedelta(seconds=0.2), "stored"]
 
 
 async def test_every_version_is_told(settings: Settings, db: Database) -> None:
@@ -183,8 +212,10 @@ async def test_a_trace_of_what_is_only_on_kafka(
     await publisher.publish(settings.topic(DEAD_LETTERS.name), encode_dead_letter(letter))
 
     steps = steps_of(await traced(settings, db, "cat"))
-    assert names(steps) == ["received", "queued", "decoded", "batched", "forwarded", "waiting"]
+    assert names(steps) == ["received", "queued", "decoded", "batched", "forwarded", "published", "waiting"]
     assert steps[0].seconds == 2.0
+    # Its worker's clock is ahead of the broker's, who stamped it: it counts as published when it was made.
+    assert (steps[5].at, steps[5].seconds) == (made.time, 0.0)
     assert "for store" in steps[-1].detail
     (only,) = steps_of(await traced(settings, db, "dog"))
     assert (only.step, only.detail) == ("dead_lettered", "undecodable_image: it is text; not stored yet")

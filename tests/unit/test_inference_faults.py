@@ -71,7 +71,9 @@ async def test_an_expired_record_costs_nothing() -> None:
         outcome = outcomes[name]
         assert isinstance(outcome, Expired)
         assert past.isoformat() in outcome.reason
-        assert (outcome.receipt.partition, outcome.receipt.input_sha256) == (3, None)
+        receipt = outcome.receipt
+        assert (receipt.partition, receipt.input_sha256, receipt.decode_seconds) == (3, None, None)
+        assert receipt.queue_seconds is not None
     assert predicted(outcomes[in_time]).results
     assert sum(model.batch_sizes) == 1
 
@@ -87,8 +89,15 @@ async def test_a_record_that_expires_in_the_queue_is_not_predicted() -> None:
         await asyncio.to_thread(time.sleep, 0.06)
         gate.opened.set()
         outcomes = await bench.finished()
-    assert isinstance(outcomes[late], Expired)
+    outcome = outcomes[late]
+    assert isinstance(outcome, Expired)
     assert gate.model.batch_sizes == [1]
+    receipt = outcome.receipt
+    assert receipt.width is not None
+    assert receipt.decode_seconds is not None
+    assert receipt.queue_seconds is not None
+    assert receipt.batch_wait_seconds is not None
+    assert 0 < receipt.batch_wait_seconds <= receipt.queue_seconds
 
 
 async def test_a_record_that_is_no_longer_ours_is_dropped() -> None:

@@ -51,6 +51,8 @@ def test_configuration_is_kafkas() -> None:
         assert int(config[age]) == topic.retention_seconds * 1000
         assert int(config["max.message.bytes"]) > topic.max_record_bytes
     assert [topic for topic in TOPICS if topic.compacted] == [topics.MODELS]
+    stamped = [topic for topic in TOPICS if topic.config().get("message.timestamp.type") == "LogAppendTime"]
+    assert stamped == [topics.PREDICTIONS]
 
 
 def test_steps_read_what_the_table_says() -> None:
