@@ -19,17 +19,15 @@ from agents.careful import Mark
 from agents.commits import CommitResult, Commits, Committer
 from agents.inbox import Inbox
 from agents.ownership import Delivered, LaneBudget, Partition, Start, TopicPartition
+from agents.suspects import Suspects
 from pipeline import logs, metrics, topics
-from pipeline.errors import FatalError, MillraceError, ProcessKilledError
+from pipeline.errors import FatalError, MillraceError
 from pipeline.events import Record
 from pipeline.topics import LANES, Lane
 
 __all__ = ["CommitResult", "Committer", "Delivered", "Delivery", "Start", "TopicPartition"]
 
 log = logs.get(__name__)
-
-# Before a refused or unanswered commit of an attempt is tried again; long against a round trip.
-RETRY_SECONDS = 0.5
 
 
 class Delivery:
@@ -45,7 +43,6 @@ class Delivery:
         max_open_bytes: int,
     ) -> None:
         self._step = step
-        self._reject = reject
         self._partitions: dict[TopicPartition, Partition] = {}
         self._commits = Commits(step, committer, self._partitions)
         self._lanes: dict[Lane, LaneBudget] = {
@@ -57,8 +54,15 @@ class Delivery:
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._gap = asyncio.Event()
-        self._rejections: set[asyncio.Future[None]] = set()
-        self._broken: BaseException | None = None
+        self._suspects = Suspects(
+            step,
+            self._partitions,
+            self._inbox,
+            self._commits,
+            commit=self.commit,
+            reject=reject,
+            changed=self._changed.set,
+        )
         self._topics_with_lag: set[str] = set()
         self.joined = False
 
@@ -77,16 +81,14 @@ class Delivery:
         """
         while True:
             self._changed.clear()
-            if self._broken is not None:
-                error = f"{type(self._broken).__name__}: {self._broken}"
-                raise FatalError(f"a record could not be rejected: {error}") from self._broken
+            self._suspects.check()
             turn_seconds = None
-            if not (self._stopped or self._handing_over) and not await self._pass_suspects():
+            if not (self._stopped or self._handing_over) and not await self._suspects.pass_over():
                 batch = self._inbox.pick(max_records, max_bytes, room())
                 if batch:
                     return batch
                 suspect = self._inbox.next_suspect()
-                if suspect is not None and await self._begin_careful(suspect):
+                if suspect is not None and await self._suspects.begin(suspect, self._may_start):
                     return [suspect]
                 turn_seconds = self._inbox.turn_seconds()
             with contextlib.suppress(TimeoutError):
@@ -334,7 +336,7 @@ class Delivery:
     def was_buffered(self, delivered: Delivered) -> None:
         """See `Owner`."""
         partition = delivered.partition
-        self._settle_attempt(delivered)
+        self._suspects.settle(delivered)
         self._inbox.finished(delivered)
         partition.buffered += 1
         partition.buffered_bytes += delivered.size_bytes
@@ -347,75 +349,12 @@ class Delivery:
 
     def was_put_back(self, delivered: Delivered) -> None:
         """See `Owner`."""
-        self._settle_attempt(delivered)
+        self._suspects.settle(delivered)
         self._inbox.put_back(delivered)
         self._changed.set()
 
-    def _settle_attempt(self, delivered: Delivered) -> None:
-        partition = delivered.partition
-        if partition.attempting and partition.mark.offset == delivered.record.offset:
-            partition.mark, partition.attempting = partition.mark.survived(), False
-
-    async def _pass_suspects(self) -> bool:
-        """Suspect the next records once all suspects are held; True: something was written, look again.
-
-        Elder records that are held keep the committed offset back. Without a word the next owner would suspect
-        the last of these again, whatever kills us after them.
-        """
-        for partition in self._partitions.values():
-            mark, head = partition.mark, partition.ledger.committable
-            if head is None or not max(head, mark.first) < mark.until or partition.closing:
-                continue
-            is_waiting = partition.open_suspects or next(iter(partition.pending), mark.until) < mark.until
-            if is_waiting or partition.ledger.next_offset < mark.until:
-                continue
-            beyond = mark.beyond()
-            if await self._commits.mark({partition: (head, beyond.at_commit(head))}):
-                partition.mark, partition.committed = beyond, head
-            else:
-                await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
-            self._changed.set()
-            return True
-        return False
-
-    async def _begin_careful(self, delivered: Delivered) -> bool:
-        """Write the attempt down, then let the record start alone; reject what has died too often."""
-        partition, offset = delivered.partition, delivered.record.offset
-        if partition.mark.is_condemned(offset):
-            self._inbox.start_alone(delivered)
-            delivered.claim()
-            deaths = partition.mark.attempts
-            error = ProcessKilledError(f"its worker died {deaths} times with this record alone in flight")
-            rejection = asyncio.ensure_future(self._reject(delivered, error))
-            self._rejections.add(rejection)
-            rejection.add_done_callback(self._rejected)
-            return False
-        attempt = partition.mark.attempt(offset)
-        # Elder records may be held, and only the first of them may be committed.
-        held = partition.ledger.committable
-        head = offset if held is None else min(held, offset)
-        # First what is finished elsewhere: a suspect whose end is not written down when the next one kills us
-        # would count as one more death with it alone in flight, and be condemned in its stead.
-        written = await self.commit() and await self._commits.mark(
-            {partition: (head, attempt.at_commit(head))}
-        )
-        if not written:
-            await asyncio.sleep(RETRY_SECONDS)  # the group is moving on, or the broker is away
-        elif self._inbox.next_suspect() is delivered and not self._handing_over:
-            partition.mark, partition.committed = attempt, head
-            partition.attempting = True
-            self._inbox.start_alone(delivered)
-            metrics.CAREFUL_RECORDS.labels(self._step).inc()
-            return True
-        self._changed.set()
-        return False
-
-    def _rejected(self, rejection: asyncio.Future[None]) -> None:
-        """A rejection that fails must not be forgotten: its record is alone in flight and blocks the others."""
-        self._rejections.discard(rejection)
-        if not rejection.cancelled() and (error := rejection.exception()) is not None:
-            self._broken = error
-            self._changed.set()
+    def _may_start(self) -> bool:
+        return not self._handing_over
 
     def _close(self, partitions: Sequence[Partition]) -> None:
         """Let nothing new in and give back to Kafka what is not claimed."""

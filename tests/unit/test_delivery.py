@@ -505,12 +505,12 @@ async def test_a_fresh_partition_handed_over_at_once_leaves_no_suspicion() -> No
 
 async def test_a_rejection_that_fails_ends_the_step() -> None:
     """A condemned record that cannot be rejected ends the step: alone in flight, it would block all others."""
-    bench = Bench()
 
-    async def reject(delivered: Delivered, error: MillraceError) -> None:
-        raise RuntimeError("no")
+    class Broken(Bench):
+        async def _reject(self, delivered: Delivered, error: MillraceError) -> None:
+            raise RuntimeError("no")
 
-    bench.delivery._reject = reject
+    bench = Broken()
     bench.assign(BULK, committed=0, metadata="careful 0 3 1", end=1)
     bench.deliver(BULK, 0)
     with pytest.raises(FatalError, match="RuntimeError"):
