@@ -17,6 +17,7 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from aiokafka.structs import TopicPartition as KafkaPartition
 from faust.transport.drivers import aiokafka as driver
+from mode import Service
 
 from agents.delivery import CommitResult, Start, TopicPartition
 from pipeline import logs
@@ -129,6 +130,14 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
             heartbeat_interval_ms=int(min(HEARTBEAT_SECONDS, settings.session_timeout_seconds / 4) * 1000),
             metadata_max_age_ms=30_000,
         )
+
+    @Service.task
+    async def _look_after_joining(self) -> None:
+        """Let the first joining of the group go on after an error: before it nothing is fetched."""
+        while not self.should_stop and self.consumer.ownership is None:
+            if self._consumer is not None:
+                _look_after(self._consumer)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def fetch(self, timeout_seconds: float) -> None:
         """Fetch into the consumer's queue, with the positions that belong to exactly these records."""

@@ -15,7 +15,14 @@ from typing import Any
 from aiokafka import conn as aiokafka_conn
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection, CloseReason
-from aiokafka.errors import KafkaConnectionError, KafkaError, SaslAuthenticationFailed
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    KafkaConnectionError,
+    KafkaError,
+    SaslAuthenticationFailed,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.protocol.admin import SaslAuthenticateRequest
 
 from pipeline import rotation
@@ -31,8 +38,12 @@ _SESSION_SHARE = (0.85, 0.95)
 _DRAIN_LOOK_SECONDS = 0.05
 
 
+# Of an idempotent producer the second means that it may write no topic at all (KIP-679).
+_REFUSALS = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError, GroupAuthorizationFailedError)
+
+
 class UnreachableError(DependencyError):
-    """No broker answers."""
+    """No broker answers, or none what was asked."""
 
 
 def backoff_seconds(longest: float = MAX_BACKOFF_SECONDS) -> Iterator[float]:
@@ -187,7 +198,9 @@ def client_options(settings: Settings) -> dict[str, Any]:
 
 
 def unreachable(settings: Settings, error: BaseException) -> UnreachableError:
-    """Say which brokers did not answer, and why as far as the client knows."""
+    """Say which brokers did not answer, or refused to, and why as far as the client knows."""
+    if isinstance(error, _REFUSALS):
+        return UnreachableError(f"Kafka at {settings.resolved_kafka} refuses this user a right ({error})")
     # Bootstrapping fails with the addresses alone, which are said already.
     reason = "" if isinstance(error, KafkaConnectionError) else f" ({str(error) or type(error).__name__})"
     return UnreachableError(f"no Kafka broker answers at {settings.resolved_kafka}{reason}")

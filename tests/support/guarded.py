@@ -4,6 +4,7 @@ The tests' own connections come by another listener, as a superuser. Requests th
 are, past what a client would look up first, so that the answer is the authorizer's.
 """
 
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResourceType
-from aiokafka.errors import for_code
+from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, for_code
 from aiokafka.protocol.admin import (
     AlterConfigsRequest,
     CreateAclsRequest,
@@ -33,6 +34,7 @@ from millrace import ports
 from millrace.kafka import EmbeddedKafka
 from pipeline.connections import client_options
 from pipeline.settings import PREFIX, Settings, load
+from tests.support.eventually import eventually
 from tests.support.manifests import Manifest
 
 NODE = 1
@@ -44,6 +46,8 @@ _OPERATIONS = {
     "DescribeConfigs": 10, "AlterConfigs": 11, "IdempotentWrite": 12,
 }  # fmt: skip
 _ALLOW = 3
+# As the authorizer's log has them.
+_SHOUTED = {"Describe": "DESCRIBE", "DescribeConfigs": "DESCRIBE_CONFIGS", "Read": "READ", "Write": "WRITE"}
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,39 @@ class Guarded:
         """Delete one ACL."""
         await self._change(DeleteAclsRequest, [right])
 
+    def denied(self, right: Right) -> bool:
+        """Whether the authorizer has refused this right, or the Describe that it implies."""
+        kinds = {"topic": "Topic", "group": "Group", "transactionalId": "TransactionalId"}
+        whole = "" if right.pattern == "prefix" else r"\b"
+        refused = re.compile(
+            rf"User:{re.escape(right.user)} is Denied operation = ({_SHOUTED[right.operation]}|DESCRIBE) .* "
+            rf"on resource = {kinds[right.type]}:LITERAL:{re.escape(right.name)}{whole}"
+        )
+        logs = self.kafka.log_path.parent.glob(f"{self.kafka.log_path.name}*")  # it is rotated
+        return any(refused.search(log.read_text()) for log in logs)
+
     async def _change(self, request: Any, rights: Iterable[Right]) -> None:
-        async with connected(load(kafka_bootstrap_servers=self.kafka.bootstrap_servers)) as admin:
-            for right in rights:
-                response = await admin._send_request(
-                    request(
-                        _TYPES[right.type], right.name, _PATTERNS[right.pattern], f"User:{right.user}", "*",
-                        _OPERATIONS[right.operation], _ALLOW,
-                    )
-                )  # fmt: skip
-                assert _answer(response) == "NoError", right
+        wanted = list(rights)
+
+        async def changed() -> bool:
+            try:
+                async with connected(load(kafka_bootstrap_servers=self.kafka.bootstrap_servers)) as admin:
+                    for right in wanted:
+                        await self._send(admin, request, right)
+            except (KafkaConnectionError, NodeNotReadyError):
+                return False
+            return True
+
+        await eventually(changed, 30.0)
+
+    async def _send(self, admin: AIOKafkaAdminClient, request: Any, right: Right) -> None:
+        response = await admin._send_request(
+            request(
+                _TYPES[right.type], right.name, _PATTERNS[right.pattern], f"User:{right.user}", "*",
+                _OPERATIONS[right.operation], _ALLOW,
+            )
+        )  # fmt: skip
+        assert _answer(response) == "NoError", right
 
 
 @asynccontextmanager
