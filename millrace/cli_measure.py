@@ -78,8 +78,9 @@ def bench_engine(
     """Measure torchvision models through Kafka beside loops written by hand, and under load.
 
     speed: images/s beside a naive loop, the best loop without Kafka, and the best loop behind aiokafka, in turn;
-    latency at 40 images/s and at 40 % and 80 % of the best loop's rate. backlog: real-time pictures and memory
-    while bulk pictures wait. swap: the gap that another version leaves. depth: a small backlog beside a large one.
+    latency at 40 images/s, at 40 % and 80 % of the best loop's rate, and at 80 % of its own. backlog: real-time
+    pictures and memory while bulk pictures wait. swap: the gap that another version leaves. depth: a small
+    backlog beside a large one.
     """
     from loadtest.engine_results import PARTS, Plan
     from millrace import benchmarks

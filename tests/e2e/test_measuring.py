@@ -47,7 +47,7 @@ def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.C
     assert all(cpu > 0 for cpu in offline.cpu_milliseconds.values())
     pipeline = offline.pipeline_images_per_second
     assert offline.ratio_to_best == pytest.approx(pipeline / offline.best_images_per_second, rel=0.02)
-    for online in (measured.online, measured.online_at_40_percent, measured.online_at_80_percent):
+    for online in measured.at_each_rate:
         assert 0 < online.p50_seconds <= online.p99_seconds
         assert 0 < online.kafka_p50_seconds <= online.kafka_p99_seconds
         assert 0 < online.best_p50_seconds <= online.best_p99_seconds
@@ -56,6 +56,8 @@ def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.C
     assert measured.online_at_80_percent.images_per_second == pytest.approx(
         0.8 * offline.best_images_per_second, rel=0.02
     )
+    own = 0.8 * offline.pipeline_images_per_second
+    assert measured.online_at_80_percent_of_own.images_per_second == pytest.approx(own, rel=0.02)
     assert found.backlog is not None
     assert found.backlog.realtime_p50_seconds <= found.backlog.realtime_p99_seconds
     assert found.backlog.realtime_sent > 0
