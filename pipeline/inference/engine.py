@@ -32,7 +32,7 @@ from pipeline.topics import LANES, Lane
 
 # Of each lane: one batch being decoded while another is on the device; more is only memory.
 DECODE_AHEAD_BATCHES = 2
-# The same bound for models with large inputs.
+# Of each lane, for models with large inputs: the pixels of all records that wait, whatever the size of a batch.
 DECODE_AHEAD_BYTES = 256 * 1024 * 1024
 
 Deliver = Callable[[Sequence[tuple[Request, Outcome]]], None]
@@ -175,6 +175,7 @@ class Engine:
                 return
             over = self._swap.begin(self._forward_of(models))
             self._decoder.show(self._swap.views)
+            self._room_records = self._room()  # until they take over, pictures are decoded for both
             self._take_over()
             await asyncio.wait((over, self.fatal), return_when="FIRST_COMPLETED")
 
@@ -211,10 +212,10 @@ class Engine:
         return self._stopped or self._ahead[lane] < self._room_records
 
     def _room(self) -> int:
-        """Return how many records of a lane may wait for the device."""
+        """Return how many records of a lane may wait for the device; a picture larger than all of it goes alone."""
         bytes_each = sum(view.width * view.height * 3 for view in self._decoder.views)
-        size = self._options.max_batch_size
-        return max(size, min(DECODE_AHEAD_BATCHES * size, DECODE_AHEAD_BYTES // bytes_each))
+        records = DECODE_AHEAD_BATCHES * self._options.max_batch_size
+        return max(1, min(records, DECODE_AHEAD_BYTES // bytes_each))
 
     def _take_over(self) -> None:
         """Let the next models take over, if there are any and it is time for them."""
@@ -301,10 +302,15 @@ class Engine:
                 metrics.BATCHES.labels(cut=cut.reason).inc()
                 self._device.run(self._swap.forward, batch)
             elif cut.wait_until is not None:
-                if self._wait_timer is None:
-                    self._wait_timer = self._loop.call_later(cut.wait_until - now, self._end_wait)
+                self._wait(cut.wait_until - now)
                 break
         self._deliver(settled)
+
+    def _wait(self, seconds: float) -> None:
+        """Dispatch again after a time; the latest word counts, since a deadline that came meanwhile is nearer."""
+        if self._wait_timer is not None:
+            self._wait_timer.cancel()
+        self._wait_timer = self._loop.call_later(max(0.0, seconds), self._end_wait)
 
     def _end_wait(self) -> None:
         """Dispatch what has waited for company long enough."""

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
+from prometheus_client import REGISTRY
 
 from pipeline.events import ImageEvent, Record
 from pipeline.inference import Engine, EngineOptions, Failed, Outcome, Predicted, Request
@@ -144,6 +145,11 @@ class Store:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def batches(cut: str) -> float:
+    """Return how many batches of this process were cut for a reason."""
+    return REGISTRY.get_sample_value("millrace_batches_total", {"cut": cut}) or 0.0
 
 
 def describe(outcome: Outcome) -> str:

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loadtest import images
+from pipeline.batching import Coming
 from pipeline.errors import DependencyError, MissingImageError
-from pipeline.imaging import Limits
-from pipeline.inference import Dropped, EngineOptions, Predicted
+from pipeline.imaging import Limits, View
+from pipeline.inference import Dropped, Engine, EngineOptions, Predicted
 from pipeline.models import load_models
 from pipeline.settings import load
 from pipeline.topics import Lane
@@ -25,6 +26,7 @@ from tests.support.engines import (
     Bench,
     Gate,
     Store,
+    batches,
     decoded,
     describe,
     nothing_to_fetch,
@@ -66,6 +68,7 @@ async def test_samples_are_predicted_with_the_built_in_models() -> None:
 async def test_a_batch_is_delivered_together_and_shares_its_id() -> None:
     """Records that rode together are delivered in one call and say so in their receipts."""
     gate = Gate()
+    full, idle = batches("full"), batches("idle")
     async with running(gate.model) as bench:
         bench.submit()
         await gate.is_entered()
@@ -77,6 +80,23 @@ async def test_a_batch_is_delivered_together_and_shares_its_id() -> None:
     receipts = [predicted(outcomes[name]).receipt for name in names]
     assert len({receipt.batch_id for receipt in receipts}) == 1
     assert {(receipt.batch_size, receipt.batch_cut) for receipt in receipts} == {(8, "full")}
+    assert (batches("full"), batches("idle")) == (full + 1, idle + 1)
+
+
+async def test_a_nearer_deadline_shortens_a_wait_that_has_begun() -> None:
+    """A record that must go soon does not wait with one that may wait long: it is predicted, not expired."""
+    cut = batches("deadline")
+    async with running() as bench:
+        # A full batch is believed to take a minute, and what would fill it to be on its way.
+        bench.engine._batcher.costs.observe(8, 60.0)
+        bench.engine._decoder.coming = lambda: Coming({"bulk": 8}, 0.01)  # type: ignore[method-assign]
+        patient = bench.submit()
+        await decoded(bench, 1)
+        urgent = bench.submit(expires_at=datetime.now(UTC) + timedelta(seconds=22.8))  # 22.5 of it for three
+        outcomes = await bench.finished()
+    receipts = [predicted(outcomes[name]).receipt for name in (patient, urgent)]
+    assert {(receipt.batch_size, receipt.batch_cut) for receipt in receipts} == {(2, "deadline")}
+    assert batches("deadline") == cut + 1
 
 
 async def test_realtime_overtakes_bulk() -> None:
@@ -123,6 +143,19 @@ async def test_room_opens_when_the_device_goes_on() -> None:
         await bench.finished()
 
 
+async def test_large_pictures_have_less_room() -> None:
+    """A lane's room is bounded in bytes, whatever the size of a batch, and one record always finds some."""
+    cases = {View(4096, 4096): 5, View(4096, 2048): 10, View(1333, 800, "inside"): 16, View(16384, 16384): 1}
+    for view, records in cases.items():
+        model = models.doing_nothing(CPU)
+        model.view = view
+        engine = Engine(
+            [model], OPTIONS, fetch=nothing_to_fetch, deliver=lambda _: None, on_room=lambda: None
+        )
+        assert engine._room() == records
+        assert records == 1 or records * view.width * view.height * 3 <= 256 * 2**20
+
+
 async def test_realtime_has_room_of_its_own() -> None:
     """A real-time record goes in, and next onto the device, however many bulk ones wait for it."""
     gate = Gate()
@@ -160,8 +193,10 @@ async def test_stopping_finishes_what_was_submitted() -> None:
     """Within the drain everything is predicted, and late submissions are dropped."""
     bench = Bench([models.doing_nothing(CPU)], OPTIONS, nothing_to_fetch)
     await bench.engine.start()
+    drained = batches("drain")
     names = [bench.submit() for _ in range(30)]
     await bench.engine.stop(drain_seconds=20)
+    assert batches("drain") > drained
     assert all(isinstance(bench.outcomes[name], Predicted) for name in names)
     late = bench.submit()
     assert bench.outcomes[late] == Dropped()
