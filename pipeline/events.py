@@ -135,6 +135,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     input_bytes: int | None = None
     width: int | None = None
     height: int | None = None
+    #: Of the pass that this came from: `BATCH`, or `BATCH.N` for a part of it that was run again; `batch_size`
+    #: counts that part.
     batch_id: str | None = None
     batch_size: int | None = None
     batch_cut: str | None = None

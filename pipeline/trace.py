@@ -45,6 +45,7 @@ log = logs.get(__name__)
 class TracedBatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The batch a picture rode in."""
 
+    #: `BATCH.N` is a part of a batch that failed or did not fit, and was run again in parts.
     id: str
     size: int
     cut: str
@@ -213,7 +214,10 @@ def _company(batch: TracedBatch | None) -> str:
     if batch is None:
         return ""
     others = f"with {batch.size - 1} others" if batch.size > 2 else "with 1 other"
-    return f"{others if batch.size > 1 else 'alone'}, cut because {CUTS.get(batch.cut, batch.cut)}"
+    company = others if batch.size > 1 else "alone"
+    whole, _, part = batch.id.partition(".")
+    in_part = f" in a part of batch {whole}, which was" if part else ""
+    return f"{company},{in_part} cut because {CUTS.get(batch.cut, batch.cut)}"
 
 
 def _dead_lettered(one: StoredDeadLetter) -> list[Step]:

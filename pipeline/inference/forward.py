@@ -6,7 +6,6 @@ the next batches are smaller. An error that leaves the device unusable is fatal:
 innocent records.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,16 @@ from pipeline import metrics
 from pipeline.batching import CutReason
 from pipeline.energy import Energy, EnergyMeter
 from pipeline.errors import ConfigurationError, FatalError, ImageError, MillraceError, ModelError
-from pipeline.events import Box, ImageEvent, ModelResult, Receipt, Record, encode_embedding
+from pipeline.events import ImageEvent, ModelResult, Receipt, Record
 from pipeline.imaging import Picture, View
+from pipeline.inference.model_results import result_of
 from pipeline.inference.outcomes import Failed, Outcome, Predicted, Request, Work
-from pipeline.models import Model, Output
+from pipeline.models import Model, WrongOutputError
 from pipeline.topics import LANES
 
 MAX_REASON_CHARACTERS = 500
+
+_NOT_FINITE = "its output is not a finite number"
 
 # What torch says when the allocator fails without raising its own class (CPU; CUDA's driver).
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -56,12 +58,30 @@ class Report:
     seconds: float | None = None
     out_of_memory_at: int | None = None
     fatal: FatalError | None = None
+    _parts: int = 0
+
+    def pass_id(self, works: Sequence[Work]) -> str:
+        """Name the next pass: as the batch if it is all of it, else one of its parts, `BATCH.N`."""
+        if len(works) == len(self.batch.works):
+            return self.batch.id
+        self._parts += 1
+        return f"{self.batch.id}.{self._parts}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why a pass failed; not the error itself, whose traceback would hold what is to be freed."""
+
+    reason: str
+    is_memory: bool
+    is_output: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """A pass that went well; `size` is the number of records in it."""
 
+    batch_id: str
     size: int
     cut: CutReason
     started_at: float
@@ -71,10 +91,6 @@ class _Pass:
     def share(self, joules: float | None) -> float | None:
         """Return a record's part."""
         return None if joules is None else round(joules / self.size, 6)
-
-
-class _WrongOutputError(Exception):
-    """A model broke its protocol on this batch."""
 
 
 class Forward:
@@ -100,10 +116,10 @@ class Forward:
         self.pass_started_at = 0.0
 
     def warm_up(self) -> None:
-        """Warm every model up, with as many threads as it will run with.
+        """Warm every model up, with as many threads as it will run with, and see what it says of a picture.
 
         Raises:
-            ConfigurationError: a model fails.
+            ConfigurationError: a model fails, or its numbers for a reference picture are not finite.
         """
         if self.torch_threads:
             torch.set_num_threads(self.torch_threads)
@@ -112,10 +128,13 @@ class Forward:
                 with torch.inference_mode():
                     model.warm_up()
             except Exception as error:  # models raise anything
-                text = " ".join(str(error).split())
-                raise ConfigurationError(
-                    f"MILLRACE_MODELS: {model.name!r} fails its warm-up: {type(error).__name__}: {text}"
-                ) from error
+                raise _cannot_start(model.name, f"{type(error).__name__}: {error}") from error
+        try:
+            results = self._pass([_reference(self.views)])
+        except Exception as error:
+            raise _cannot_start(self._at_work, f"{type(error).__name__}: {error}") from error
+        if None in results:
+            raise _cannot_start(self._at_work, f"{_NOT_FINITE} for a reference picture")
 
     def can_take(self, work: Work) -> bool:
         """Whether a record was decoded for these models, or is not decoded yet."""
@@ -131,8 +150,9 @@ class Forward:
         return report
 
     def _evaluate(self, works: list[Work], cut: CutReason, report: Report) -> None:
+        batch_id = report.pass_id(works)
         started_at = self.pass_started_at = time.monotonic()
-        reason, is_memory, is_output = None, False, False
+        fault: _Fault | None = None
         results: list[tuple[ModelResult, ...] | None] = []
         energy = Energy()
         try:
@@ -143,25 +163,31 @@ class Forward:
                 energy = self._meter.end()
                 metrics.FORWARD_JOULES.inc(energy.joules or 0.0)
         except Exception as error:  # a model may raise anything
-            reason, is_memory = self._reason(error), _is_out_of_memory(error)
-            is_output = isinstance(error, _WrongOutputError)
-            if not is_memory and _is_device_lost(error):
-                raise FatalError(f"the device is lost: {reason}") from error
+            is_output = isinstance(error, WrongOutputError)
+            fault = _Fault(self._reason(error), _is_out_of_memory(error), is_output)
+            if not fault.is_memory and _is_device_lost(error):
+                raise FatalError(f"the device is lost: {fault.reason}") from error
         seconds = time.monotonic() - started_at
         metrics.FORWARD_SECONDS.observe(seconds)
-        if reason is None:
-            if len(works) == len(report.batch.works):
-                report.seconds = seconds
-            self._note_results(works, results, report, _Pass(len(works), cut, started_at, seconds, energy))
+        if fault is not None:
+            self._divide(works, cut, fault, report)
             return
-        if is_memory:
+        if len(works) == len(report.batch.works):
+            report.seconds = seconds
+        self._note_results(
+            works, results, report, _Pass(batch_id, len(works), cut, started_at, seconds, energy)
+        )
+
+    def _divide(self, works: list[Work], cut: CutReason, fault: _Fault, report: Report) -> None:
+        """Run the halves of a pass that failed; a record that was alone in it has failed."""
+        if fault.is_memory:
             cut = "memory"
             report.out_of_memory_at = len(works)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         if len(works) == 1:
-            error_of_one = self._blame(reason) if is_output else ModelError(reason)
-            report.outcomes.append((works[0], Failed(error_of_one)))
+            error = self._blame(fault.reason) if fault.is_output else ModelError(fault.reason)
+            report.outcomes.append((works[0], Failed(error)))
             return
         middle = len(works) // 2
         self._evaluate(works[:middle], cut, report)
@@ -177,12 +203,12 @@ class Forward:
         suspects = []
         for work, result in zip(works, results, strict=True):
             if result is not None:
-                receipt = self._receipt(work, report.batch.id, done)
+                receipt = self._receipt(work, done)
                 report.outcomes.append((work, Predicted(result, receipt)))
             elif len(works) > 1:
                 suspects.append(work)
             else:
-                reason = f"{self._at_work}: its output is not a finite number"
+                reason = f"{self._at_work}: {_NOT_FINITE}"
                 report.outcomes.append((work, Failed(self._blame(reason))))
         for work in suspects:  # alone, because a neighbour's overflow may have spoiled it
             self._evaluate([work], done.cut, report)
@@ -209,9 +235,9 @@ class Forward:
                 self._at_work = model.name
                 outputs = model.forward(batches[model.view])
                 if len(outputs) != len(works):
-                    raise _WrongOutputError(f"{len(outputs)} outputs for {len(works)} pictures")
+                    raise WrongOutputError(f"{len(outputs)} outputs for {len(works)} pictures")
                 pictures = [work.picture for work in works if work.picture is not None]
-                column = list(map(partial(_result, model), outputs, pictures))
+                column = list(map(partial(result_of, model), outputs, pictures))
                 suspect = model.name if None in column else suspect
                 columns.append(column)
         self._at_work = suspect
@@ -233,7 +259,7 @@ class Forward:
             batch = batch.pin_memory().to(self._device, non_blocking=True)
         return batch.permute(0, 3, 1, 2)  # (N, 3, H, W) uint8, channels last in memory
 
-    def _receipt(self, work: Work, batch_id: str, done: _Pass) -> Receipt:
+    def _receipt(self, work: Work, done: _Pass) -> Receipt:
         request, picture = work.request, work.picture
         assert picture is not None
         queue_seconds = max(
@@ -248,7 +274,7 @@ class Forward:
             input_bytes=work.input_bytes,
             width=picture.width,
             height=picture.height,
-            batch_id=batch_id,
+            batch_id=done.batch_id,
             batch_size=done.size,
             batch_cut=done.cut,
             device=self._device_name,
@@ -262,7 +288,7 @@ class Forward:
         )
 
     def _reason(self, error: Exception) -> str:
-        kind = "" if isinstance(error, _WrongOutputError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, WrongOutputError) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
         return f"{self._at_work}: {kind}{text}"[:MAX_REASON_CHARACTERS]
 
@@ -280,52 +306,8 @@ def _reference(views: Sequence[View]) -> Work:
     return Work(request, b"", picture=picture, views=tuple(views))
 
 
-def _result(model: Model, output: Output, picture: Picture) -> ModelResult | None:
-    """Return what is published of an output, or None when a number in it is not finite."""
-    numbers = [*output.scores.values()]
-    for box in output.boxes:
-        numbers += (box.score, box.x_min, box.y_min, box.x_max, box.y_max)
-    if output.score is not None:
-        numbers.append(output.score)
-    if not all(map(math.isfinite, numbers)):
-        return None
-    embedding = None
-    if output.embedding is not None:
-        if not np.isfinite(output.embedding).all():
-            return None
-        embedding = np.ascontiguousarray(output.embedding, dtype="<f4")
-    return ModelResult(
-        model=model.name,
-        version=model.version,
-        digest=model.digest,
-        task=model.task,
-        label=output.label,
-        score=output.score,
-        scores=output.scores,
-        boxes=_in_picture(output.boxes, model.view, picture),
-        embedding=None if embedding is None else encode_embedding(embedding.tobytes()),
-        dimension=None if embedding is None else embedding.size,
-    )
-
-
-def _in_picture(boxes: Sequence[Box], view: View, picture: Picture) -> tuple[Box, ...]:
-    """Map boxes from pixels of a view to pixels of the upright picture, cut off at its edges."""
-    if not boxes:
-        return ()
-    size = (picture.width, picture.height)
-    left, top, right, bottom = view.window_of(size)
-    width, height = view.size_of(size)
-    across, down = (right - left) / width, (bottom - top) / height
-
-    def x(value: float) -> float:
-        return round(min(max(left + value * across, 0.0), size[0]), 2)
-
-    def y(value: float) -> float:
-        return round(min(max(top + value * down, 0.0), size[1]), 2)
-
-    return tuple(
-        Box(box.label, box.score, x(box.x_min), y(box.y_min), x(box.x_max), y(box.y_max)) for box in boxes
-    )
+def _cannot_start(name: str, reason: str) -> ConfigurationError:
+    return ConfigurationError(f"MILLRACE_MODELS: {name!r} fails its warm-up: {' '.join(reason.split())}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -15,11 +15,20 @@ import torch
 from pipeline.errors import ConfigurationError
 from pipeline.models.builtin import FingerprintModel, QualityModel
 from pipeline.models.modules import ModuleModel
-from pipeline.models.protocol import Model, Output, Task
+from pipeline.models.protocol import Model, Output, Task, WrongOutputError
 from pipeline.models.specification import LoadOptions, Specification
 from pipeline.models.weights import one_line
 
-__all__ = ["LoadOptions", "Model", "Output", "Task", "load_models", "resolve_device", "torch_threads"]
+__all__ = [
+    "LoadOptions",
+    "Model",
+    "Output",
+    "Task",
+    "WrongOutputError",
+    "load_models",
+    "resolve_device",
+    "torch_threads",
+]
 
 _BUILTIN: dict[str, Callable[[torch.device], Model]] = {
     QualityModel.name: QualityModel,

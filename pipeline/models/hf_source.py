@@ -16,7 +16,7 @@ from pipeline.imaging import View
 from pipeline.models import hub
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Preprocessing, check_against, resampling_of
-from pipeline.models.protocol import Task
+from pipeline.models.protocol import Task, WrongOutputError
 from pipeline.models.specification import LoadOptions, Specification
 from pipeline.models.tasks import Detect, Embed, Reader, distinct, reader_of
 
@@ -127,10 +127,14 @@ class _Detector(nn.Module):
         else:
             batch, mask = _pad(pictures)
             output = self.network(pixel_values=batch, pixel_mask=mask)
-        found: list[dict[str, Tensor]] = self._post_process(
-            output, threshold=self._threshold, target_sizes=sizes
-        )
-        return found
+        raw = output.logits, output.pred_boxes
+        if any(len(numbers) != len(sizes) for numbers in raw):
+            shapes = ", ".join(str(tuple(numbers.shape)) for numbers in raw)
+            raise WrongOutputError(f"outputs of shapes {shapes} for {len(sizes)} pictures")
+        # No threshold lets a NaN through: what is seen of it behind them is a picture without boxes.
+        logits, boxes = (numbers.flatten(1).isfinite().all(1) for numbers in raw)  # (N,) bool
+        found = self._post_process(output, threshold=self._threshold, target_sizes=sizes)
+        return [{**each, "is_finite": finite} for each, finite in zip(found, logits & boxes, strict=True)]
 
 
 def _pad(pictures: list[Tensor]) -> tuple[Tensor, Tensor]:

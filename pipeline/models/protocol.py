@@ -25,6 +25,12 @@ class Output:
     scores: dict[str, float] = field(default_factory=dict)
     boxes: tuple[Box, ...] = ()  # in pixels of what the model was given
     embedding: NDArray[np.float32] | None = None  # (D,)
+    #: False when something this was made of is not a finite number: a detector's NaN is below any threshold.
+    is_finite: bool = True
+
+
+class WrongOutputError(Exception):
+    """What a network returned for this batch is not what its task means; a record or the model is at fault."""
 
 
 class Model(Protocol):
@@ -62,4 +68,7 @@ class Model(Protocol):
 
         `batch` is RGB on the model's device, channels last in memory: a tensor (N, 3, H, W) uint8, or for a view
         that lets the size vary (`inside`) a list of N tensors (3, H, W) uint8.
+
+        Raises:
+            WrongOutputError: what comes out has another shape than it must have.
         """

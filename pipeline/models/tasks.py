@@ -1,10 +1,11 @@
 """What the raw output of a network means: labels, boxes, a vector or a number; one transfer off the device.
 
-Each reader takes the output for a batch and returns one `Output` per picture, in order.
+Each reader takes the output for a batch and returns one `Output` per picture, in order. What is not of the shape
+that its task has is a `WrongOutputError`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.events import Box
-from pipeline.models.protocol import Output, Task
+from pipeline.models.protocol import Output, Task, WrongOutputError
 from pipeline.models.specification import Specification
 
 TOP = 5
@@ -34,7 +35,11 @@ class Reader(Protocol):
         """Return everything that changes outputs, for the digest."""
 
     def __call__(self, raw: Any) -> list[Output]:
-        """Read the output of a batch."""
+        """Read the output of a batch.
+
+        Raises:
+            WrongOutputError: it is not of the shape that it must have.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,9 @@ class Classify:
 
     def __call__(self, raw: Tensor) -> list[Output]:
         """Read (N, C) logits."""
-        if raw.ndim != 2 or raw.shape[1] != len(self.labels):
-            raise ValueError(f"an output of shape {tuple(raw.shape)} for {len(self.labels)} labels")
+        shape = _shape(raw)
+        if len(shape) != 2 or shape[1] != len(self.labels):
+            raise WrongOutputError(f"an output of shape {shape} for {len(self.labels)} labels")
         scores = raw.float()  # (N, C)
         if self.activation == "softmax":
             scores = scores.softmax(1)
@@ -84,11 +90,12 @@ class Embed:
 
     def __call__(self, raw: Tensor) -> list[Output]:
         """Read (N, D) or (N, D, H, W)."""
+        shape = _shape(raw)
+        if len(shape) not in (2, 4):
+            raise WrongOutputError(f"an output of shape {shape} is not one vector per picture")
         raw = raw.float()
         if raw.ndim == 4:
             raw = raw.mean((2, 3))
-        if raw.ndim != 2:
-            raise ValueError(f"an output of shape {tuple(raw.shape)} is not one vector per picture")
         return [Output(embedding=row) for row in functional.normalize(raw).cpu().numpy()]
 
 
@@ -104,14 +111,18 @@ class Score:
 
     def __call__(self, raw: Tensor) -> list[Output]:
         """Read (N, 1) or (N,)."""
-        if raw.ndim > 2 or raw[:1].numel() != min(len(raw), 1):
-            raise ValueError(f"an output of shape {tuple(raw.shape)} is not one number per picture")
+        shape = _shape(raw)
+        if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+            raise WrongOutputError(f"an output of shape {shape} is not one number per picture")
         return [Output(score=round(value, _DIGITS)) for value in raw.float().flatten().cpu().tolist()]
 
 
 @dataclass(frozen=True, slots=True)
 class Detect:
-    """Dictionaries of `boxes` (K, 4) as x, y, x, y, `scores` (K,) and `labels` (K,), one per picture."""
+    """Dictionaries of `boxes` (K, 4) as x, y, x, y, `scores` (K,) and `labels` (K,), one per picture.
+
+    Who leaves boxes out before this sees them says in `is_finite`, a boolean (), whether all numbers were.
+    """
 
     labels: dict[int, str]
     threshold: float
@@ -123,15 +134,9 @@ class Detect:
         labels = [[index, self.labels[index]] for index in sorted(self.labels)]
         return {"task": self.task, "labels": labels, "threshold": self.threshold, "boxes": MAX_BOXES}
 
-    def __call__(self, raw: Sequence[dict[str, Tensor]]) -> list[Output]:
+    def __call__(self, raw: Sequence[Mapping[str, Tensor]]) -> list[Output]:
         """Read what torchvision's detectors return, and transformers' post-processing."""
-        parts = [
-            torch.cat(
-                [found["boxes"].float(), found["scores"][:, None].float(), found["labels"][:, None].float()],
-                dim=1,
-            )
-            for found in raw
-        ]  # N of (K, 6)
+        parts = [_rows(found) for found in raw]  # N of (1 + K, 6)
         rows = torch.cat(parts).cpu().tolist()
         outputs, start = [], 0
         for part in parts:
@@ -140,13 +145,45 @@ class Detect:
         return outputs
 
     def _output(self, rows: list[list[float]]) -> Output:
-        kept = sorted((row for row in rows if row[4] >= self.threshold), key=lambda row: -row[4])[:MAX_BOXES]
+        (is_finite, *_), *found = rows
+        if not is_finite:
+            return Output(is_finite=False)
+        kept = sorted((row for row in found if row[4] >= self.threshold), key=lambda row: -row[4])[:MAX_BOXES]
         return Output(
             boxes=tuple(
                 Box(self.labels.get(int(label), str(int(label))), round(score, _DIGITS), *corners)
                 for *corners, score, label in kept
             )
         )
+
+
+def _rows(found: Mapping[str, Tensor]) -> Tensor:
+    """Return a row of ones if all numbers are finite, else of zeros; then the boxes with score and label.
+
+    Raises:
+        WrongOutputError: that is not what was found.
+    """
+    shapes = [_shape(found.get(name)) for name in ("boxes", "scores", "labels")]
+    count = shapes[0][:1]
+    if shapes != [(*count, 4), count, count]:
+        raise WrongOutputError(f"boxes, scores and labels of shapes {', '.join(map(str, shapes))}")
+    boxes, scores, labels = found["boxes"], found["scores"][:, None], found["labels"][:, None]
+    rows = torch.cat([boxes.float(), scores.float(), labels.float()], dim=1)  # (K, 6)
+    is_finite = rows.isfinite().all()
+    if "is_finite" in found:
+        is_finite = is_finite & found["is_finite"]
+    return torch.cat([is_finite.expand(1, 6).float(), rows])  # (1 + K, 6) float32
+
+
+def _shape(raw: Any) -> tuple[int, ...]:
+    """Return the shape of what should be a tensor.
+
+    Raises:
+        WrongOutputError: It is none.
+    """
+    if not isinstance(raw, Tensor):
+        raise WrongOutputError(f"a {type(raw).__name__} where there should be a tensor")
+    return tuple(raw.shape)
 
 
 def reader_of(

@@ -26,6 +26,8 @@ FOLDER = "torchvision"
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # They would initialise themselves with scipy for minutes, and warn that they will stop doing so.
 _ARGUMENTS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+# What finds boxes: of detectors in one stage, or in two.
+_HEADS = ("head", "rpn.head", "roi_heads.box_predictor")
 _IMAGENET_CLASSES = 1000
 _COCO_CLASSES = 91
 _building = threading.Lock()
@@ -144,16 +146,38 @@ def is_detector(network: nn.Module) -> bool:
 
 
 class _Detector(nn.Module):
-    """A detector that gets its pictures in the size it wants, 0..1; it takes out mean and deviation itself."""
+    """A detector that gets its pictures in the size it wants, 0..1; it takes out mean and deviation itself.
+
+    It leaves out what is below its own thresholds, which every NaN is, so that its heads are listened to. They
+    mix the pictures of a batch: one that is not finite makes all of them suspects.
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
+        self._heard: list[Tensor] = []
         network.transform.resize = _as_it_is
+        for name, module in network.named_modules():
+            if name in _HEADS:
+                module.register_forward_hook(self._hear)
 
     def forward(self, pictures: Tensor | list[Tensor]) -> list[dict[str, Tensor]]:
+        self._heard.clear()
         found: list[dict[str, Tensor]] = self.network(list(pictures))
-        return found
+        is_finite = torch.stack(self._heard).all()  # () bool
+        return [{**each, "is_finite": is_finite} for each in found]
+
+    def _hear(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._heard += [numbers.isfinite().all() for numbers in _tensors(output)]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Find the tensors in what a head returns: one, or any number by name or in a row."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    for part in output.values() if isinstance(output, dict) else output:
+        yield from _tensors(part)
 
 
 def _as_it_is(image: Tensor, target: None = None) -> tuple[Tensor, None]:

@@ -139,6 +139,7 @@ async def test_versions_that_cannot_run_are_refused(spine: Spine) -> None:
         assert running.desired.predecessor is None, "what everybody refused is no predecessor"
     (worker,) = spine.running("predict")
     assert worker.metric("millrace_model_swaps_total", result="refused") == 3
+    assert worker.metric("millrace_model_swaps_total", result="swapped") == 2  # the first and the last
     assert worker.metric("millrace_models_revision") == 4
     await spine.settled(max_repeated=0, whole=True)
     made = {prediction.models[0].version: prediction.revision for _, prediction in await predictions(spine)}
@@ -285,7 +286,10 @@ async def test_two_deployments_side_by_side(spine: Spine) -> None:
 
 
 async def test_weights_from_another_machine(spine: Spine, tmp_path: Path) -> None:
-    """Weights that lie where a version is activated reach every replica, under one name and with their digest."""
+    """Weights that lie where a version is activated reach every replica, under one name and with their digest.
+
+    Those that have no number for anything are refused, and the version before them goes on.
+    """
     torch.manual_seed(1)
     network = torchvision.models.mobilenet_v3_small(num_classes=2)
     source = tmp_path / "training"
@@ -293,9 +297,12 @@ async def test_weights_from_another_machine(spine: Spine, tmp_path: Path) -> Non
     card = json.dumps({"labels": ["otter", "badger"]})
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     safetensors.torch.save_file(tensors, source / "otters.safetensors", {"millrace": card})
+    tensors["classifier.3.bias"] = torch.full((2,), torch.nan)
+    safetensors.torch.save_file(tensors, source / "nothing.safetensors", {"millrace": card})
     named = "file:{}#torchvision:mobilenet_v3_small"
     objects = ObjectStore.open(spine.settings)
     names, files = await artefacts.upload(objects, [named.format(source / "otters.safetensors")])
+    bad_names, bad_files = await artefacts.upload(objects, [named.format(source / "nothing.safetensors")])
     objects.close()
     shutil.rmtree(source)
     caches = [{"MILLRACE_MODEL_CACHE": str(tmp_path / f"cache-{number}")} for number in range(2)]
@@ -303,7 +310,15 @@ async def test_weights_from_another_machine(spine: Spine, tmp_path: Path) -> Non
     await asyncio.gather(*(spine.start("predict", **cache) for cache in caches))
     async with following(spine.settings) as follower:
         await registry.activate(spine.settings, "default", names, activated_by="test", artefacts=files)
-        running = await settled(follower, 1, replicas=2)
+        await settled(follower, 1, replicas=2)
+        await registry.activate(
+            spine.settings, "default", bad_names, activated_by="test", artefacts=bad_files
+        )
+        running = await settled(follower, 2, replicas=2)
+    refusals = {status.refused.reason for status in running.replicas.values() if status.refused is not None}
+    assert refusals == {
+        f"'{bad_names[0]}' fails its warm-up: its output is not a finite number for a reference picture"
+    }
     identities = {status.models for status in running.replicas.values()}
     ((identity,),) = identities
     assert identity.model == named.format("otters.safetensors")

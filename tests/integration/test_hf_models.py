@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from pipeline.errors import ConfigurationError
+from pipeline.inference.forward import Forward
 from tests.support import networks
 from tests.support.networks import load, photographs, predict
 
@@ -247,6 +248,13 @@ def test_a_detector_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
     together = predict(model, photographs())  # of different sizes: padded
     assert all(output.boxes for output in together)
     assert model.task == "detect"
+    assert all(output.is_finite for output in together)
+    for name, parameter in model._network.named_parameters():
+        if "class" in name or "bbox" in name:
+            parameter.fill_(torch.nan)
+    assert not predict(model, photographs()[:1])[0].is_finite
+    with pytest.raises(ConfigurationError, match="not a finite number for a reference picture"):
+        Forward([model], networks.CPU).warm_up()
 
 
 def test_a_folder_of_the_hubs_own_cache_is_found(tmp_path: Path) -> None:
@@ -333,6 +341,7 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.errors import ConfigurationError
+from pipeline.inference.forward import Forward
 from pipeline.models import LoadOptions, load_models
 try:
     (model,) = load_models("hf:org/classifier", torch.device("cpu"), LoadOptions(cache=Path(sys.argv[1])))

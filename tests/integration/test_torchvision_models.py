@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import ConfigurationError
+from pipeline.inference.forward import Forward
 from tests.support import networks
 from tests.support.networks import load, photographs, predict
 
@@ -156,6 +157,12 @@ def test_a_detector_agrees_with_torchvision(
         found += len(ours)
     assert found > 5, "a detector that finds nothing proves nothing"
     assert model.task == "detect"
+    assert all(output.is_finite for output in predict(model, images))
+    for head in heads:
+        model._network.network.get_submodule(head).weight.fill_(torch.nan)
+    assert not predict(model, images[:1])[0].is_finite
+    with pytest.raises(ConfigurationError, match="not a finite number for a reference picture"):
+        Forward([model], networks.CPU).warm_up()
 
 
 def test_weights_are_looked_for_and_the_error_says_where(

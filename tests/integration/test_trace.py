@@ -88,7 +88,8 @@ async def test_a_prediction_tells_its_way(settings: Settings, db: Database) -> N
         prediction(name, receipt=RECEIPT, deployment=deployment)
         for name, deployment in (("dog", "default"), ("cat", "default"), ("cow", "default"), ("ape", "other"))
     ]
-    pig = prediction("pig", receipt=msgspec.structs.replace(RECEIPT, batch_id="b-2"))
+    again = msgspec.structs.replace(RECEIPT, batch_id="b-1.2", batch_size=1)  # run again, without the others
+    pig = prediction("pig", receipt=again)
     published = NOW + timedelta(milliseconds=12)
     await db.save([*ridden, pig], [], [None, published, None, None, None])
     await db.save_images([image_row("cat", published_at=NOW - timedelta(seconds=2))])
@@ -114,6 +115,10 @@ async def test_a_prediction_tells_its_way(settings: Settings, db: Database) -> N
     assert (batch.id, batch.size, batch.cut, batch.companions) == ("b-1", 3, "idle", ("cow", "dog"))
     assert steps[3].detail == "with 2 others, cut because the device was free"
     assert steps[4].detail == "builtin:fingerprint 1 on cpu"
+    batched = next(step for step in steps_of(await traced(settings, db, "pig")) if step.step == "batched")
+    assert batched.detail == "alone, in a part of batch b-1, which was cut because the device was free"
+    assert batched.batch is not None
+    assert (batched.batch.size, batched.batch.companions) == (1, ())
 
 
 async def test_a_receipt_of_an_older_worker(settings: Settings, db: Database) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import imaging
 from pipeline.imaging import Picture
-from pipeline.inference.forward import _in_picture
+from pipeline.inference.model_results import in_picture
 from pipeline.models import LoadOptions, Model, Output, load_models
 from tests.support import pictures
 
@@ -69,7 +69,7 @@ def predict(
 def in_original(model: Model, output: Output, image: Image.Image) -> Found:
     """Return the boxes of an output in pixels of the picture, as the engine publishes them."""
     picture = Picture((), image.width, image.height)
-    boxes = _in_picture(output.boxes, model.view, picture)
+    boxes = in_picture(output.boxes, model.view, picture)
     return [(box.label, box.score, [box.x_min, box.y_min, box.x_max, box.y_max]) for box in boxes]
 
 

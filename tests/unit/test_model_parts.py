@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.errors import ConfigurationError
 from pipeline.events import Box
 from pipeline.imaging import View
-from pipeline.models import LoadOptions, Output, precision, torch_threads, weights
+from pipeline.models import LoadOptions, Output, WrongOutputError, precision, torch_threads, weights
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Normaliser, Preprocessing, check_against, probe_picture
 from pipeline.models.specification import Specification
@@ -76,8 +76,10 @@ def test_a_classifier_is_read() -> None:
     assert first.score == first.scores["b"] == pytest.approx(float(logits[0].softmax(0)[1]), abs=1e-6)
     (alone,) = Classify(("x", "y"), "sigmoid")(torch.tensor([[0.0, 2.0]]))
     assert alone.scores == pytest.approx({"y": 0.880797, "x": 0.5}, abs=1e-6)
-    with pytest.raises(ValueError, match=r"an output of shape \(1, 2\) for 6 labels"):
+    with pytest.raises(WrongOutputError, match=r"an output of shape \(1, 2\) for 6 labels"):
         Classify(tuple("abcdef"))(torch.zeros(1, 2))
+    with pytest.raises(WrongOutputError, match="a tuple where there should be a tensor"):
+        Classify(tuple("abcdef"))((torch.zeros(1, 6),))  # type: ignore[arg-type]
 
 
 def test_vectors_numbers_and_boxes_are_read() -> None:
@@ -90,8 +92,10 @@ def test_vectors_numbers_and_boxes_are_read() -> None:
     assert averaged.embedding.shape == (2,)
     assert [output.score for output in Score()(torch.tensor([[0.5], [-2.0]]))] == [0.5, -2.0]
     assert [output.score for output in Score()(torch.tensor([7.0]))] == [7.0]
-    with pytest.raises(ValueError, match="not one number per picture"):
+    with pytest.raises(WrongOutputError, match="not one number per picture"):
         Score()(torch.zeros(2, 3))
+    with pytest.raises(WrongOutputError, match="not one vector per picture"):
+        Embed()(torch.zeros(2, 3, 4))
 
     raw = {
         "boxes": torch.tensor([[0.0, 0, 1, 1], [1, 2, 3, 4], [5, 6, 7, 8]]),
@@ -105,6 +109,38 @@ def test_vectors_numbers_and_boxes_are_read() -> None:
     assert empty.boxes == ()
     assert found.boxes == (Box("9", 0.9, 1, 2, 3, 4), Box("cat", 0.6, 0, 0, 1, 1))
     assert len(crowd.boxes) == 100
+    assert empty.is_finite
+    assert found.is_finite
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": torch.tensor([0.6, torch.nan])},
+        {"scores": torch.tensor([0.6, -torch.inf])},
+        {"boxes": torch.tensor([[0.0, 0, 1, 1], [0, torch.inf, 1, 1]])},
+        {"is_finite": torch.tensor(False)},
+    ],
+)
+def test_a_threshold_hides_no_number_that_is_not_finite(change: dict[str, torch.Tensor]) -> None:
+    """A picture whose boxes are NaN is not one without boxes, and its neighbour is left alone."""
+    good = {"boxes": torch.zeros(2, 4), "scores": torch.tensor([0.6, 0.1]), "labels": torch.tensor([1, 1])}
+    bad, neighbour = Detect({1: "cat"}, 0.5)([good | change, good | {"is_finite": torch.tensor(True)}])
+    assert not bad.is_finite
+    assert neighbour.is_finite
+    assert len(neighbour.boxes) == 1
+
+
+def test_boxes_of_another_shape_are_refused() -> None:
+    """Boxes, scores and labels that do not belong together say in which shapes they came."""
+    good: dict[str, Any] = {"boxes": torch.zeros(2, 4), "scores": torch.ones(2), "labels": torch.ones(2)}
+    for change, said in (
+        ({"boxes": torch.zeros(2, 5)}, r"of shapes \(2, 5\), \(2,\), \(2,\)"),
+        ({"scores": torch.ones(3)}, r"of shapes \(2, 4\), \(3,\), \(2,\)"),
+        ({"labels": None}, "a NoneType where there should be a tensor"),
+    ):
+        with pytest.raises(WrongOutputError, match=said):
+            Detect({1: "cat"}, 0.5)([good | change])
 
 
 def test_readers_do_what_is_asked_or_say_what_they_can() -> None:
