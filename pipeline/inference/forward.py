@@ -250,13 +250,11 @@ class Forward:
         """Put what the pictures look like in one view onto the device."""
         pictures = [work.picture.pixels[work.views.index(view)] for work in works if work.picture is not None]
         if view.fit == "inside":  # of different sizes
-            return [self._to_device(np.stack([pixels]))[0] for pixels in pictures]
-        return self._to_device(np.stack(pictures))
+            return [self._to_device([pixels])[0] for pixels in pictures]
+        return self._to_device(pictures)
 
-    def _to_device(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        batch = torch.from_numpy(pixels)  # (N, H, W, 3) uint8
-        if self._device.type == "cuda":  # pinned, so that the copy runs beside what the device does
-            batch = batch.pin_memory().to(self._device, non_blocking=True)
+    def _to_device(self, pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+        batch = _stacked(pictures, pinned=self._device.type == "cuda").to(self._device, non_blocking=True)
         return batch.permute(0, 3, 1, 2)  # (N, 3, H, W) uint8, channels last in memory
 
     def _receipt(self, work: Work, done: _Pass) -> Receipt:
@@ -304,6 +302,20 @@ def _reference(views: Sequence[View]) -> Work:
     request = Request(ImageEvent(id="reference"), record, "bulk", 0.0, claim=lambda: True)
     picture = Picture(tuple(pixels), views[0].width, views[0].height)
     return Work(request, b"", picture=picture, views=tuple(views))
+
+
+def _stacked(pictures: Sequence[NDArray[np.uint8]], *, pinned: bool) -> torch.Tensor:
+    """Copy pictures of one size, each (H, W, 3), into one batch (N, H, W, 3).
+
+    A copy to a GPU from pinned memory is only queued, so that this thread stacks the next pictures meanwhile; it
+    does not run beside another batch's pass, as one thread does both. torch keeps pinned memory to use it
+    again, and gives none out before the copy from it is done.
+    """
+    if not pinned:
+        return torch.from_numpy(np.stack(pictures))
+    batch = torch.empty((len(pictures), *pictures[0].shape), dtype=torch.uint8, pin_memory=True)
+    np.stack(pictures, out=batch.numpy())
+    return batch
 
 
 def _cannot_start(name: str, reason: str) -> ConfigurationError:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from pipeline.errors import ConfigurationError, ImageError, ModelError
 from pipeline.imaging import View
 from pipeline.inference import Predicted
+from pipeline.inference.forward import _stacked
 from pipeline.models import LoadOptions
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Preprocessing
@@ -158,3 +160,19 @@ async def test_receipts_name_the_pass_that_they_are_of(
     for (batch_id, size), count in passes.items():
         assert count == (7 if size == 8 else size)
         assert ("." in batch_id) == (size != 8)
+
+
+def test_pictures_are_stacked_into_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned or not, a batch has the same pixels; what allocates stands in for torch's, which needs a GPU."""
+    asked: list[bool] = []
+    empty = torch.empty
+
+    def allocate(shape: Any, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        asked.append(pin_memory)
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    pictures = [np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8) for seed in range(3)]
+    for pinned in (False, True):
+        assert np.array_equal(_stacked(pictures, pinned=pinned).numpy(), np.stack(pictures))
+    assert asked == [True]
