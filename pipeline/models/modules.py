@@ -79,7 +79,9 @@ class ModuleModel:
             if not self._is_program and self.view.fit != "inside":
                 self._network = folded(self._network, self._normalise(self._pictures(1)))
             self._choose_precision()
-            if self._options.compile and self.view.fit != "inside":
+            if self._options.compile and self.view.fit == "inside":
+                _log.warning("not compiled: its pictures vary in size", model=self.name)
+            elif self._options.compile:
                 # One compilation for all batch sizes but one.
                 self._network = torch.compile(self._network, dynamic=True)  # type: ignore[assignment]
             self._is_warm = True

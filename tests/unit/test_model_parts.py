@@ -16,11 +16,12 @@ from torch import nn
 from pipeline.errors import ConfigurationError
 from pipeline.events import Box
 from pipeline.imaging import View
-from pipeline.models import LoadOptions, Output, WrongOutputError, precision, torch_threads, weights
+from pipeline.models import LoadOptions, Output, WrongOutputError, modules, precision, torch_threads, weights
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Normaliser, Preprocessing, check_against, probe_picture
 from pipeline.models.specification import Specification
 from pipeline.models.tasks import Classify, Detect, Embed, Reader, Score, distinct, reader_of
+from tests.support import logged as logs
 
 CPU = torch.device("cpu")
 SPECIFICATION = Specification.parse("test:network")
@@ -45,6 +46,14 @@ class Network(nn.Module):
         if self.is_coarse and torch.is_autocast_enabled("cpu"):
             return logits + 3 * torch.arange(logits.shape[1])
         return logits
+
+
+class NothingFound(nn.Module):
+    """A detector that sees nothing in pictures of any size."""
+
+    def forward(self, pictures: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}
+        return [nothing] * len(pictures)
 
 
 def model(network: nn.Module, reader: Reader | None = None, **options: Any) -> ModuleModel:
@@ -204,6 +213,45 @@ def test_a_warm_up_runs_one_and_the_most() -> None:
     assert network.batches == [(1, 3, 16, 24), (4, 3, 16, 24)] * 2
     assert warm.precision == "float32"
     assert not network.training
+
+
+def test_networks_are_compiled_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled network runs, compiled once for all sizes; one whose pictures vary in size says that it is not.
+
+    What compiles stands in for torch's, which needs a C++ compiler and a minute.
+    """
+    logged = logs.capture(monkeypatch, modules)
+    compiled: list[tuple[nn.Module, bool]] = []
+    runs: list[tuple[int, ...]] = []
+
+    def compile_(network: nn.Module, *, dynamic: bool) -> Any:
+        compiled.append((network, dynamic))
+
+        def run(pixels: torch.Tensor) -> Any:
+            runs.append(tuple(pixels.shape))
+            return network(pixels)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    network = Network()
+    found = model(network, compile=True)
+    found.warm_up()
+    found.warm_up()
+    assert compiled == [(network, True)]
+    assert runs == [(1, 3, 16, 24), (4, 3, 16, 24)] * 2
+    model(Network()).warm_up()
+    assert len(compiled) == 1
+    assert logged.entries == []
+
+    varying = Preprocessing(View(24, 16, "inside"))
+    options = LoadOptions(CACHE, precision="fp32", compile=True)
+    detector = ModuleModel(SPECIFICATION, NothingFound(), varying, Detect({}, 0.5), {}, CPU, options)
+    detector.warm_up()
+    assert len(compiled) == 1
+    assert [(entry["event"], entry["model"]) for entry in logged.entries] == [
+        ("not compiled: its pictures vary in size", "test:network")
+    ]
 
 
 @pytest.mark.parametrize("wanted", ["bf16", "fp32"])
