@@ -65,7 +65,7 @@ STORE_SECONDS = Histogram("millrace_store_seconds", "One transaction of the stor
 
 # Batches
 BATCH_SIZE = Histogram("millrace_batch_size", "Pictures in one forward pass.", buckets=_BATCH)
-BATCHES = Counter("millrace_batches", "Forward passes, by why the batch was cut.", ["cut"])
+BATCHES = Counter("millrace_batches", "Batches given to the device, by why they were cut.", ["cut"])
 FORWARD_JOULES = Counter("millrace_forward_joules", "Energy of forward passes, where NVML counts it.")
 
 # Models

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from agents.replica import Replica
 from millrace.models import show_list
@@ -50,6 +51,10 @@ async def beginning(settings: Settings) -> AsyncIterator[Version]:
         objects.close()
 
 
+def _swapped() -> float:
+    return REGISTRY.get_sample_value("millrace_model_swaps_total", {"result": "swapped"}) or 0.0
+
+
 async def test_a_replica_that_starts_over_garbage(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,8 +66,10 @@ async def test_a_replica_that_starts_over_garbage(
     for key in (b"default", b"compacted"):
         await publisher.publish(settings.topic(MODELS.name), Outgoing(key, b"garbage", ()))
     await publisher.stop()
+    swapped = _swapped()
     async with beginning(settings) as version:
         assert (version.revision, version.models) == (1, ("builtin:a",))
+    assert _swapped() == swapped + 1
     compacted = settings.model_copy(update={"deployment": "compacted"})
     async with beginning(compacted) as version:
         assert (version.revision, version.models) == (0, ("builtin:own",))

@@ -29,6 +29,7 @@ from tests.support.engines import (
     OPTIONS,
     Bench,
     Gate,
+    batches,
     decoded,
     error_of,
     nothing_to_fetch,
@@ -190,6 +191,7 @@ async def test_failures_are_told_before_more_is_claimed() -> None:
 async def test_out_of_memory_makes_smaller_batches() -> None:
     """A batch that does not fit is halved until it does, and the next ones are cut smaller."""
     gate = Gate()
+    cut = batches("memory")
     model = models.out_of_memory(CPU, above="3")
     async with running(gate.model, model) as bench:
         bench.submit()
@@ -204,6 +206,7 @@ async def test_out_of_memory_makes_smaller_batches() -> None:
     assert [receipt.batch_cut for receipt in receipts].count("memory") >= 14
     assert model.batch_sizes[:3] == [1, 8, 4]  # then halves of four, and no batch of eight again
     assert model.batch_sizes.count(8) == 1
+    assert batches("memory") > cut
 
 
 async def test_a_record_that_does_not_fit_alone_fails() -> None:
