@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
@@ -31,6 +32,8 @@ _URL_SETTING = f"{PREFIX}DATABASE_URL"
 _REFUSED_CLASSES = frozenset({"22", "23", "54"})
 # Wrong user, password or database name: no use in trying again at start.
 _MISCONFIGURED = frozenset({"28000", "28P01", "3D000"})
+# What a URL may name of files; each is a mount of a secret, or nothing.
+_FILES = frozenset({"sslrootcert", "sslcert", "sslkey"})
 # "millrace" in ASCII; advisory locks are named by a number.
 _MIGRATION_LOCK = 0x6D696C6C72616365
 
@@ -68,6 +71,25 @@ def sorted_errors() -> Iterator[None]:
         raise _sorted(error) from error
     except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError) as error:
         raise DependencyError(f"PostgreSQL: {error or type(error).__name__}") from error
+
+
+def _is_misconfigured(error: DependencyError) -> bool:
+    """Whether it is the URL or what it names that is wrong, so that trying again at start is no use."""
+    cause = error.__cause__
+    if isinstance(cause, asyncpg.PostgresError):
+        return cause.sqlstate in _MISCONFIGURED
+    return isinstance(cause, asyncpg.exceptions.ClientConfigurationError)
+
+
+def _look_for_files(dsn: str) -> None:
+    """See that files of the URL are there; later, while they are replaced, they may be missing for a moment.
+
+    Raises:
+        ConfigurationError: one is not. asyncpg would not say which.
+    """
+    for name, value in parse_qsl(urlsplit(dsn).query):
+        if name in _FILES and not Path(value).is_file():
+            raise ConfigurationError(f"{_URL_SETTING}: {name}={value}: there is no such file")
 
 
 def _sorted(error: asyncpg.PostgresError) -> MillraceError:
@@ -130,6 +152,7 @@ class Pool:
         """
         if settings.database_password_file is not None:
             _password(settings.database_password_file)
+        _look_for_files(settings.resolved_database)
         try:
             pool = await asyncpg.create_pool(
                 settings.resolved_database,
@@ -197,10 +220,7 @@ class Pool:
         try:
             applied = await self._applied()
         except DependencyError as error:
-            if (
-                isinstance(error.__cause__, asyncpg.PostgresError)
-                and error.__cause__.sqlstate in _MISCONFIGURED
-            ):
+            if _is_misconfigured(error):
                 raise ConfigurationError(f"{self._blame}: {error.__cause__}") from None
             raise
         if pending := [name for name, _, _ in _migrations() if name not in applied]:
@@ -222,15 +242,16 @@ async def migrate(dsn: str, password_file: Path | None = None) -> list[str]:
     that is ahead of this code is left as it is.
 
     Raises:
-        ConfigurationError: the database refuses the user, an applied file was changed since, or one cannot be
-            applied (such as a missing pgvector).
+        ConfigurationError: a file of the URL is missing, the database refuses the user, an applied migration was
+            changed since, or one cannot be applied (such as a missing pgvector).
         DependencyError: the database does not answer.
     """
+    _look_for_files(dsn)
     try:
         with sorted_errors():
             connection = await connect(dsn, password_file, timeout=CONNECT_SECONDS, statement_cache_size=0)
     except DependencyError as error:
-        if isinstance(error.__cause__, asyncpg.PostgresError) and error.__cause__.sqlstate in _MISCONFIGURED:
+        if _is_misconfigured(error):
             raise ConfigurationError(f"{_URL_SETTING}: {error.__cause__}") from None
         raise
     try:
