@@ -55,7 +55,7 @@ def plan(
         str,
         typer.Option(metavar="90s", help="From the order of a pod to its readiness: node, image, models."),
     ],
-    price: Annotated[float, typer.Option(min=0, help="Of one GPU for one hour, in any currency.")] = 2.0,
+    price: Annotated[float, typer.Option(min=0, help="Of one GPU for one hour, in MILLRACE_CURRENCY.")] = 2.0,
     policy: Annotated[PolicyName, typer.Option(help="Whose ScaledObject is printed.")] = PolicyName.deadline,
     deployment: Annotated[str, typer.Option(help="The deployment of models to be scaled.")] = "default",
     bootstrap_servers: Annotated[

@@ -83,6 +83,10 @@ def render(
     deadline: Annotated[str | None, typer.Option(metavar="5m", help="As for `millrace plan`.")] = None,
     pod_rate: Annotated[str | None, typer.Option(metavar="120/s", help="As for `millrace plan`.")] = None,
     start: Annotated[str | None, typer.Option(metavar="90s", help="As for `millrace plan`.")] = None,
+    runbook: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where alerts lead: your copy of docs/runbook.md, without `#…`."),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -106,6 +110,7 @@ def render(
         gpu=gpu,
         policy=policy.value if policy else None,
         rates=_rates(rate, deadline, pod_rate, start),
+        runbook=runbook,
     )
     run(lambda settings: show(wishes, save))
 

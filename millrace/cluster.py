@@ -15,6 +15,8 @@ from millrace.kubectl import AbsentError, Item, Kubectl, RefusedError
 
 STRIMZI = "kafka.strimzi.io"
 KEDA = "keda.sh"
+#: What serves KEDA's metrics: the name that its own YAML gives, and that of its chart.
+KEDA_ADAPTERS = ("keda-metrics-apiserver", "keda-operator-metrics-apiserver")
 EXTERNAL_METRICS = "external.metrics.k8s.io"
 PROMETHEUS = "monitoring.coreos.com"
 DEVICES = "resource.k8s.io"
@@ -102,7 +104,7 @@ def read(kubectl: Kubectl, namespace: str) -> Cluster:
         "keda": (
             "deployments",
             "--all-namespaces",
-            "--selector=app in (keda-operator, keda-operator-metrics-apiserver)",
+            f"--selector=app in (keda-operator, {', '.join(KEDA_ADAPTERS)})",
         ),
     }
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:

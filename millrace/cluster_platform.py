@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from millrace.cluster import EXTERNAL_METRICS, KEDA, PROMETHEUS, STRIMZI, Cluster, label
+from millrace.cluster import EXTERNAL_METRICS, KEDA, KEDA_ADAPTERS, PROMETHEUS, STRIMZI, Cluster, label
 from millrace.doctor import Finding
 
 _OLDEST_KUBERNETES = (1, 33)
@@ -47,8 +47,10 @@ def keda(cluster: Cluster) -> Iterator[Finding]:
     if "v1alpha1" not in cluster.groups.get(KEDA, []):
         yield Finding("keda", "fault", "is not installed", f"install 2.20 or newer: {_KEDA_PAGE}")
         return
-    for name in ("keda-operator", "keda-operator-metrics-apiserver"):
-        yield from _operator(cluster, "keda", name, _OLDEST_KEDA)
+    yield from _operator(cluster, "keda", "keda-operator", _OLDEST_KEDA)
+    there = {label(each, "app") for each in cluster.operators}
+    adapter = next((name for name in KEDA_ADAPTERS if name in there), KEDA_ADAPTERS[0])
+    yield from _operator(cluster, "keda", adapter, _OLDEST_KEDA)
     if EXTERNAL_METRICS not in cluster.groups:
         yield Finding(
             "keda", "fault", f"the API {EXTERNAL_METRICS} does not answer, so that no HPA sees a lag",

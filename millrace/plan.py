@@ -90,15 +90,16 @@ def plan(rate: float, facts: policies.Facts, policy: Policy, price_per_hour: flo
     )
 
 
-def remarks(found: Planned, rate: float, facts: policies.Facts) -> list[str]:
-    """Put a plan in words."""
+def remarks(found: Planned, rate: float, facts: policies.Facts, price: str = "") -> list[str]:
+    """Put a plan in words; `price` says what an hour of a GPU costs, with its currency."""
     counts = ", ".join(map(str, found.useful_replicas))
     replicas = counted(found.replicas, "replica")
     lines = [
         f"{found.partitions} partitions in each lane; replicas share them evenly at {counts}",
         f"{replicas} for {rate:g} images/s; {found.min_replicas} to {found.max_replicas} in all",
         f"lagThreshold {found.lag_threshold}: what one replica works off in half the deadline",
-        f"for a million images at this rate {found.gpu_hours_per_million:g} GPU hours, {found.cost_per_million:g}",
+        f"for a million images at this rate {found.gpu_hours_per_million:g} GPU hours"
+        + (f", {found.cost_per_million:.2f} at {price} an hour" if price else ""),
     ]
     if found.starts_in_time:
         lines.append(
@@ -128,7 +129,7 @@ def show_plan(
     if as_json:
         emit(found)
         return 0
-    for line in remarks(found, rate, facts):
+    for line in remarks(found, rate, facts, f"{price_per_hour:g} {settings.currency}"):
         show(f"# {line}")
     show(yaml.safe_dump(found.manifest, sort_keys=False, width=10_000).rstrip())
     return 0

@@ -52,6 +52,7 @@ class Wishes:
     gpu: bool | None = None
     policy: Policy | None = None
     rates: Rates | None = None
+    runbook: str | None = None
 
 
 def render(wishes: Wishes, save: Path | None) -> int:
@@ -98,6 +99,12 @@ def change(tree: Tree, wishes: Wishes) -> None:
         if image not in known:
             raise ConfigurationError(f"there is no image {image!r}: one of {', '.join(sorted(known))}")
         tree.set_image(image, reference)
+    if wishes.runbook is not None:
+        if not re.fullmatch(r"https?://[^\s#'\"]+", wishes.runbook):
+            raise ConfigurationError(
+                f"{wishes.runbook!r} is no address such as https://example.org/runbook.md"
+            )
+        tree.set_runbook(wishes.runbook)
     if wishes.namespace is not None:
         if not _DNS_LABEL.fullmatch(wishes.namespace):
             raise ConfigurationError(f"{wishes.namespace!r} cannot name a namespace")

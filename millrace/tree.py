@@ -174,6 +174,10 @@ class Tree:
         ]
         self._edit_overlay(lambda kustomization: kustomization.setdefault("patches", []).extend(patches))
 
+    def set_runbook(self, address: str) -> None:
+        """Have alerts lead to a copy of docs/runbook.md that can be opened from where they are read."""
+        self._substitute(r"(runbook_url: )docs/runbook\.md(?=#)", address)
+
     def set_partitions(self, partitions: int) -> None:
         """Give both lanes so many partitions."""
         patch = f"- {{op: replace, path: /spec/partitions, value: {partitions}}}"

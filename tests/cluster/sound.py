@@ -17,8 +17,8 @@ _READY = {"type": "Ready", "status": "True", "reason": "Ready", "lastTransitionT
 _OPERATORS = {
     ("strimzi", "strimzi-cluster-operator"): ("strimzi", "quay.io/strimzi/operator:1.2.0"),
     ("keda", "keda-operator"): ("keda-operator", "ghcr.io/kedacore/keda:2.21.0"),
-    ("keda", "keda-operator-metrics-apiserver"): (
-        "keda-operator-metrics-apiserver",
+    ("keda", "keda-metrics-apiserver"): (
+        "keda-metrics-apiserver",
         "ghcr.io/kedacore/keda-metrics-apiserver:2.21.0",
     ),
 }

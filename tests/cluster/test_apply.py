@@ -10,7 +10,7 @@ import yaml
 
 from millrace.tree import Tree
 from tests.cluster.control_plane import ControlPlane
-from tests.support import manifests
+from tests.support import manifests, operators
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -66,25 +66,34 @@ def test_every_overlay_is_taken_whole(applied: Applied) -> None:
 
 @pytest.mark.parametrize("applied", manifests.overlays(), ids=lambda path: path.name, indirect=True)
 def test_pod_security_admits_every_pod(applied: Applied) -> None:
-    """In a namespace that enforces `restricted` each workload's pod can be made."""
+    """In a namespace that enforces `restricted` each workload's pod can be made, and those that Strimzi makes."""
     plane, rendered = applied
     namespace = manifests.of_kind(rendered, "Namespace")[0]
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     here = namespace["metadata"]["name"]
     plane.try_kubectl("create", "serviceaccount", "default", f"--namespace={here}")  # a controller's work
-    for workload, template in manifests.workloads(rendered):
-        pod = {"apiVersion": "v1", "kind": "Pod"} | template
-        pod = json.loads(json.dumps(pod))
-        pod["metadata"] = pod["metadata"] | {"name": "trial", "namespace": here}
-        # A StatefulSet's controller adds the volumes of its claims.
-        for claim in workload["spec"].get("volumeClaimTemplates", []):
-            volume = {"name": claim["metadata"]["name"], "emptyDir": {}}
-            pod["spec"].setdefault("volumes", []).append(volume)
+    pods = [
+        *((manifests.name_of(workload), pod_of(workload)) for workload, _ in manifests.workloads(rendered)),
+        *((pod["metadata"]["labels"]["strimzi.io/name"], pod) for pod in operators.strimzi_pods(rendered)),
+    ]
+    for name, pod in pods:
+        metadata = pod["metadata"] | {"name": "trial", "namespace": here}
+        trial = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod["spec"]}
         ran = plane.try_kubectl(
-            "create", "--dry-run=server", "--validate=strict", "--filename=-", stdin=json.dumps(pod)
+            "create", "--dry-run=server", "--validate=strict", "--filename=-", stdin=json.dumps(trial)
         )
-        assert ran.returncode == 0, f"{manifests.name_of(workload)}: {ran.stderr}"
-        assert "Warning" not in ran.stderr, f"{manifests.name_of(workload)}: {ran.stderr}"
+        assert ran.returncode == 0, f"{name}: {ran.stderr}"
+        assert "Warning" not in ran.stderr, f"{name}: {ran.stderr}"
+
+
+def pod_of(workload: manifests.Manifest) -> manifests.Manifest:
+    """Return the pod that a workload's controller would make."""
+    template: manifests.Manifest = json.loads(json.dumps(manifests.pod_template(workload)))
+    # A StatefulSet's controller adds the volumes of its claims.
+    for claim in workload["spec"].get("volumeClaimTemplates", []):
+        volume = {"name": claim["metadata"]["name"], "emptyDir": {}}
+        template["spec"].setdefault("volumes", []).append(volume)
+    return template
 
 
 def test_pod_security_refuses_a_pod_that_asks_for_more(plane: ControlPlane) -> None:

@@ -27,7 +27,7 @@ from pipeline.topics import IMAGES_BULK
 from tests.cluster import keda, programs
 from tests.cluster.control_plane import ControlPlane, install
 from tests.integration.test_secure_broker import Secure, secure  # noqa: F401
-from tests.support import manifests, scaling
+from tests.support import manifests, operators, scaling
 from tests.support.certificates import Identity
 from tests.support.eventually import eventually
 from tests.support.manifests import Manifest
@@ -115,12 +115,12 @@ def millrace(*arguments: str) -> list[Manifest]:
     return [each for each in yaml.safe_load_all(ran.stdout) if each]
 
 
-async def publish(settings: Settings) -> None:
+async def publish(settings: Settings, records: int = RECORDS) -> None:
     publisher = Publisher(settings, client_id="test")
     await publisher.start()
     try:
         topic = settings.topic(IMAGES_BULK.name)
-        for first in range(0, RECORDS, 1000):
+        for first in range(0, records, 1000):
             pictures = (ImageEvent(id=f"image-{first + n}", data=b"x") for n in range(1000))
             await asyncio.gather(
                 *(publisher.publish_forever(topic, encode_image(each), step="test") for each in pictures)
@@ -192,6 +192,34 @@ def test_they_order_what_the_simulator_says(
     asyncio.run(eventually(lambda: replicas(cluster)["predict-wildlife"] > before, PATIENCE_SECONDS))
     asyncio.run(eventually(follow, PATIENCE_SECONDS))
     assert (before, replicas(cluster)["predict-wildlife"]) == (2, 3)
+
+
+def test_what_comes_while_paused_is_worked_off_by_many(cluster: ControlPlane, kafka: Settings) -> None:
+    """docs/kubernetes.md, step 6: paused at 0 nothing starts; then the backlog is asked about at once."""
+    rendered = millrace(
+        "k8s", "render", "--kafka", kafka.resolved_kafka, "--rate", "20/s", "--deadline", "2m",
+        "--pod-rate", "10/s", "--start", "20s",
+    )  # fmt: skip
+    chosen = [each for each in rendered if each["metadata"]["name"].startswith("predict-default")]
+    chosen = [each for each in chosen if each["kind"] in APPLIED]
+    cluster.kubectl("apply", "--filename=-", stdin=yaml.safe_dump_all(chosen))
+    annotate = ("annotate", "scaledobject", "predict-default", "--namespace=millrace")
+    cluster.kubectl(*annotate, "autoscaling.keda.sh/paused-replicas=0")
+    asyncio.run(eventually(lambda: replicas(cluster) == {"predict-default": 0}, PATIENCE_SECONDS))
+    asyncio.run(publish(kafka, 2000))
+    (scaled,) = cluster.items("scaledobjects", "--namespace=millrace")
+    paused = {each["type"]: each["status"] for each in scaled["status"]["conditions"]}["Paused"]
+    assert (paused, replicas(cluster)) == ("True", {"predict-default": 0})
+    cluster.kubectl(*annotate, "autoscaling.keda.sh/paused-replicas-")
+    asyncio.run(eventually(lambda: replicas(cluster) == {"predict-default": 4}, PATIENCE_SECONDS))
+
+
+def test_kedas_pods_are_labelled_as_policies_say() -> None:
+    """What policies and monitors look for is in the file that KEDA's release is made of."""
+    documents = yaml.safe_load_all((keda.folder() / "config/manager/manager.yaml").read_text())
+    made = manifests.pod_template(manifests.find(list(documents), "Deployment", "keda-operator"))
+    assert made is not None
+    assert made["metadata"]["labels"] == operators.KEDA["release"]
 
 
 def read(path: str, kind: str, name: str) -> Manifest:

@@ -11,7 +11,7 @@ from millrace import kafka
 from pipeline import rights
 from pipeline.settings import PREFIX, load
 from pipeline.topics import TOPICS
-from tests.support import manifests
+from tests.support import manifests, operators
 from tests.support.manifests import BASE, COMPONENTS, OVERLAYS, Manifest
 
 MOUNTS = {"kafka-ca": "/etc/millrace/kafka/ca", "kafka-user": "/etc/millrace/kafka/user"}
@@ -32,6 +32,10 @@ def test_brokers_fit_the_topic_table(component: str, tmp_path: Path) -> None:
     assert config["auto.create.topics.enable"] is False
     assert config["offsets.retention.minutes"] == kafka._OFFSETS_RETENTION_MINUTES
     assert config["message.max.bytes"] == kafka._MAX_RECORD_BYTES
+    # Each version of the operator knows other versions of Kafka, and refuses the rest: its own default is right.
+    assert not spec.keys() & {"version", "metadataVersion"}
+    # Default quotas bind the topic operator, too, which alone makes topics.
+    assert "controllerMutationRate" not in spec.get("quotas", {})
     pools = manifests.of_kind(rendered, "KafkaNodePool")
     brokers = sum(pool["spec"]["replicas"] for pool in pools if "broker" in pool["spec"]["roles"])
     replicas = config["default.replication.factor"]
@@ -96,7 +100,7 @@ def test_a_deployments_user_has_its_own_group(tmp_path: Path) -> None:
 
 
 def test_listeners_let_workloads_in(tmp_path: Path) -> None:
-    """The listeners of production have the ports and authentication that `secured` and `secured-mtls` use."""
+    """Listeners have the ports that `secured` and `secured-mtls` use, and let workloads and any KEDA in."""
     rendered = manifests.render_with(tmp_path, [COMPONENTS / "kafka-production"], [BASE])
     (spec,) = (each["spec"]["kafka"] for each in manifests.of_kind(rendered, "Kafka"))
     listeners = {each["port"]: each for each in spec["listeners"]}
@@ -112,6 +116,14 @@ def test_listeners_let_workloads_in(tmp_path: Path) -> None:
         for workload, template in manifests.workloads(rendered):
             labels = template["metadata"]["labels"]
             assert any(manifests.selects(peer, labels) for peer in own), workload["metadata"]["name"]
+        there = {"matchLabels": {"kubernetes.io/metadata.name": "keda"}}
+        (scaler,) = (
+            peer["podSelector"]
+            for peer in listener["networkPolicyPeers"]
+            if peer.get("namespaceSelector") == there
+        )
+        for way, labels in operators.KEDA.items():
+            assert manifests.selects(scaler, labels), way
 
 
 def secured(component: str, tmp_path: Path, *deployments: str) -> tuple[Manifest, ...]:

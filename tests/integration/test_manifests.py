@@ -17,7 +17,7 @@ from gateway.app import create_app
 from millrace.cli import app as command_line
 from pipeline import settings
 from pipeline.settings import PREFIX, Settings
-from tests.support import manifests, pods, schemas
+from tests.support import manifests, operators, pods, schemas
 from tests.support.manifests import COMPONENTS, Manifest, find, name_of, of_kind, pod_template, selects
 
 pytestmark = manifests.MAY_BUILD
@@ -171,11 +171,13 @@ def test_nothing_points_into_the_void(name: str) -> None:
         guarded += found
     deployments = [name_of(each) for each, _ in pods.of_ours(rendered) if each["kind"] == "Deployment"]
     assert sorted(guarded) == sorted(deployments)
-    strimzi = [dict(labels) for labels in strimzi_pods()]
+    strimzi = [pods.labels(template) for template in operators.strimzi_pods(rendered)]
+    keda = list(operators.KEDA.values())
     for policy in of_kind(rendered, "NetworkPolicy", "PodMonitor"):
-        if "namespaceSelector" in policy["spec"]:
-            continue  # pods of others, such as KEDA
         selector = policy["spec"].get("podSelector", policy["spec"].get("selector"))
+        if "namespaceSelector" in policy["spec"]:
+            assert all(selects(selector, labels) for labels in keda), name_of(policy)
+            continue
         known = [labels for _, labels in every] + strimzi
         assert any(selects(selector, labels) for labels in known), name_of(policy)
     for scaler in of_kind(rendered, "ScaledObject", "HorizontalPodAutoscaler"):
@@ -193,22 +195,6 @@ def test_nothing_points_into_the_void(name: str) -> None:
         assert len(chosen) == 1
         for port in service["spec"]["ports"]:
             assert port["targetPort"] in ports_of(pods.main_container(chosen[0]))
-
-
-def strimzi_pods() -> list[dict[str, str]]:
-    """Labels that Strimzi gives its pods."""
-    kinds = {"Kafka": "kafka", "KafkaExporter": "kafka-exporter", "EntityOperator": "entity-operator"}
-    return [
-        {
-            "strimzi.io/cluster": "millrace",
-            "strimzi.io/kind": "Kafka",
-            "strimzi.io/component-type": component,
-            "strimzi.io/name": f"millrace-{component}",
-            "app.kubernetes.io/name": component,
-            "app.kubernetes.io/instance": "millrace",
-        }
-        for component in kinds.values()
-    ]
 
 
 @pytest.mark.parametrize("name", [*OVERLAYS, MTLS])

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.app import create_app
+from pipeline import settings
 from pipeline.settings import PREFIX
-from tests.support import manifests, pods
+from tests.support import manifests, operators, pods
 from tests.support.manifests import Manifest, name_of, of_kind, selects
 
 pytestmark = manifests.MAY_BUILD
@@ -80,15 +82,7 @@ def faults(template: Manifest) -> Iterator[str]:
 def container_faults(container: Manifest) -> Iterator[str]:
     """Say what is refused of one container."""
     context = container.get("securityContext", {})
-    if context.get("allowPrivilegeEscalation") is not False:
-        yield "privilege escalation is allowed"
-    capabilities = context.get("capabilities", {})
-    if "ALL" not in capabilities.get("drop", []) or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
-        yield "it keeps capabilities"
-    if context.get("privileged") or context.get("procMount", "Default") != "Default":
-        yield "it is privileged"
-    if context.get("runAsUser") == 0 or context.get("runAsNonRoot") is False:
-        yield "it runs as root"
+    yield from context_faults(context)
     if context.get("readOnlyRootFilesystem") is not True:
         yield "its root can be written"
     if any("hostPort" in port for port in container.get("ports", [])):
@@ -103,6 +97,36 @@ def container_faults(container: Manifest) -> Iterator[str]:
     image, _, tag = container["image"].rpartition(":")
     if not image or "/" in tag or tag == "latest":
         yield f"the image {container['image']} has no version"
+
+
+def context_faults(context: Manifest) -> Iterator[str]:
+    """Say what the standard refuses of a container, whatever the pod says."""
+    if context.get("allowPrivilegeEscalation") is not False:
+        yield "privilege escalation is allowed"
+    capabilities = context.get("capabilities", {})
+    if "ALL" not in capabilities.get("drop", []) or set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
+        yield "it keeps capabilities"
+    if context.get("privileged") or context.get("procMount", "Default") != "Default":
+        yield "it is privileged"
+    if context.get("runAsUser") == 0 or context.get("runAsNonRoot") is False:
+        yield "it runs as root"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_what_strimzi_makes_keeps_to_the_restricted_standard(name: str) -> None:
+    """The namespace admits the pods that Strimzi makes, and their volumes can be written by Strimzi's group."""
+    made = list(operators.strimzi_pods(overlay(name)))
+    assert {pods.labels(pod)["strimzi.io/component-type"] for pod in made} >= {"kafka", "entity-operator"}
+    for pod in made:
+        whole = pod["spec"]["securityContext"]
+        for container in manifests.containers(pod):
+            context = {**whole, **container["securityContext"]}
+            where = (pods.labels(pod)["strimzi.io/name"], container["name"])
+            assert list(context_faults(context)) == [], where
+            assert context.get("runAsNonRoot") is True, where
+            assert context.get("seccompProfile", {}).get("type") == "RuntimeDefault", where
+        if pods.labels(pod)["strimzi.io/component-type"] == "kafka":
+            assert whole.get("fsGroup") == 0
 
 
 @pytest.mark.parametrize(
@@ -227,6 +251,40 @@ def test_the_object_store_is_given_to_those_that_use_it(component: str, tmp_path
         if template["spec"]["volumes"] != before[name_of(workload)]["spec"]["volumes"]
     }
     assert changed == USES_OBJECTS
+
+
+def test_the_clouds_credentials_are_for_those_that_use_the_object_store(tmp_path: Path) -> None:
+    """With the component, pods that open the store reach their node's credentials, and no other pod does."""
+    deployment = manifests.write_deployment(tmp_path / "predict-default", "default")
+    rendered = manifests.render_with(
+        tmp_path, [manifests.COMPONENTS / "cloud-identity"], [manifests.BASE, deployment]
+    )
+    reached = {
+        pods.component(template)
+        for _, template in pods.of_ours(rendered)
+        for policy in policies(rendered, template)
+        for rule in policy.get("egress", [])
+        for peer in rule.get("to", [])
+        if peer.get("ipBlock", {}).get("cidr") == "169.254.169.254/32"
+    }
+    assert reached == USES_OBJECTS
+
+
+def test_what_asks_for_no_key_stays_inside(tmp_path: Path) -> None:
+    """The Ingress passes on what clients need, and neither health nor metrics, which ask for no key."""
+    rendered = manifests.render_with(tmp_path, [manifests.COMPONENTS / "ingress"], [manifests.BASE])
+    (ingress,) = of_kind(rendered, "Ingress")
+    (rule,) = ingress["spec"]["rules"]
+    passed = [(each["path"], each["pathType"]) for each in rule["http"]["paths"]]
+
+    def passes(path: str) -> bool:
+        return any(
+            path == start or (kind == "Prefix" and path.startswith(f"{start}/")) for start, kind in passed
+        )
+
+    app = create_app(settings.load(data_dir=tmp_path))
+    served = {*app.openapi()["paths"], "/docs", "/docs/swagger-ui.css", "/openapi.json"}
+    assert {path for path in served if not passes(path)} == {"/livez", "/readyz", "/metrics"}
 
 
 def policies(rendered: tuple[Manifest, ...], template: Manifest) -> list[Manifest]:

@@ -17,6 +17,7 @@ from tests.support.manifests import Manifest
 
 pytestmark = manifests.MAY_BUILD
 ROOT = Path(__file__).parents[2]
+RUNBOOK = "https://example.org/millrace/runbook.md"
 WORKER = "registry.example.org:5000/worker@sha256:" + "0" * 64
 
 
@@ -36,6 +37,7 @@ def changed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         deployments={"wildlife": "torchvision:resnet18"},
         kafka="events",
         gpu=True,
+        runbook=RUNBOOK,
     )
     return rendered(tmp_path_factory.mktemp("render") / "tree", wishes)
 
@@ -98,6 +100,21 @@ def test_another_namespace_leaves_nothing_in_the_old_one(changed: list[Manifest]
     text = yaml.safe_dump_all(changed, width=10_000)
     for old in ("kubernetes.io/metadata.name: millrace\n", ".millrace.svc", 'namespace="millrace"'):
         assert old not in text
+
+
+def test_alerts_lead_to_a_page_that_can_be_opened(changed: list[Manifest]) -> None:
+    """Every alert of an overlay that has any leads to its heading on the page that was named."""
+    rules = [
+        rule
+        for each in manifests.of_kind(changed, "PrometheusRule")
+        for group in each["spec"]["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    monitored = bool(manifests.of_kind(changed, "PodMonitor"))
+    assert bool(rules) is monitored
+    wanted = [f"{RUNBOOK}#{rule['alert'].lower()}" for rule in rules]
+    assert [rule["annotations"]["runbook_url"] for rule in rules] == wanted
 
 
 def test_another_name_of_the_kafka_cluster(changed: list[Manifest]) -> None:

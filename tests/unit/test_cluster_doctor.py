@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from millrace.cli import app
-from millrace.cluster import Cluster, Metric
+from millrace.cluster import KEDA_ADAPTERS, Cluster, Metric
 from millrace.cluster_doctor import examine
 from millrace.cluster_pods import references
 from millrace.doctor import Finding
@@ -106,6 +106,14 @@ def test_a_sound_installation_has_no_finding_but_ok() -> None:
     found = examine(sound())
     assert {each.status for each in found} == {"ok"}
     assert len({each.check for each in found}) == 15
+
+
+@pytest.mark.parametrize("name", KEDA_ADAPTERS)
+def test_keda_is_found_however_it_was_installed(name: str) -> None:
+    """Its metrics API is called one thing by its own YAML and another by its chart."""
+    operators = [*sound().operators[:2], operator(name, name, "keda:2.21.0")]
+    said = [each.detail for each in examine(sound(operators=operators)) if each.check == "keda"]
+    assert said == ["keda-operator 2.21.0", f"{name} 2.21.0"]
 
 
 def recorded() -> Cluster:

@@ -66,6 +66,13 @@ def test_costs_are_those_of_the_replicas() -> None:
     assert found.cost_per_million == round(2 * 6 * 1e6 / 600 / 3600, 2)
 
 
+def test_a_price_has_its_currency() -> None:
+    """What a million images cost is said with what an hour costs, in the currency of the settings."""
+    command = [*EXAMPLE, "--deadline", "5m", "--price", "3"]
+    said = CliRunner().invoke(app, command, env={"MILLRACE_CURRENCY": "EUR"}).output
+    assert "5.56 GPU hours, 16.67 at 3 EUR an hour" in said
+
+
 @pytest.mark.parametrize(("deadline", "least"), [(300.0, 0), (140.0, 0), (139.0, 1), (5.0, 1)])
 def test_only_who_starts_in_time_scales_to_zero(deadline: float, least: int) -> None:
     """With a deadline shorter than a pod takes to come, one is kept."""
