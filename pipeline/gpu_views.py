@@ -21,7 +21,7 @@ class Firing(msgspec.Struct, frozen=True):
 
 
 class Latest(msgspec.Struct, frozen=True):
-    """A GPU's latest sample, a few fields of it."""
+    """When a GPU's latest sample was, and the latest values of a few fields; each may be of a sample before it."""
 
     time: datetime
     values: dict[str, float]

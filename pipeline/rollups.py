@@ -2,9 +2,11 @@
 
 Whoever stores samples notes their minutes as due, in the same transaction. A minute is computed anew from all its
 samples once it is over, an hour from its minutes, so nothing is ever added twice. One process does it at a time.
-Energy is what the counter gained, a reset included, else power times time; both, and idle time (utilization below
-5 %), count from the sample before, which may be in an earlier minute. Of two samples more than five minutes apart
-nothing is known in between; a counter still counts for a day.
+Energy is what the counter gained, a reset included, else power times time; it, and idle time (utilization below
+5 %), counts from the sample before that has the same field, which may be in an earlier minute: exporters read each
+field at a moment of its own. Of two samples more than five minutes apart nothing is known in between; a counter
+still counts for a day in which the GPU was silent. Where a counter was read within five minutes before the newest
+sample of an earlier minute, power is not counted beside it.
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ SETTLE = timedelta(seconds=15)
 HOUR_INTERVAL = timedelta(minutes=5)
 # Of GPUs in one statement: an hour at 100 ms is 6 million samples with 200.
 GPUS_AT_ONCE = 200
+# So far back a counter counts. The planner is given moments, not sums of them: it then leaves other days out.
+_REACH = timedelta(days=1)
 # "rollups" in ASCII: two that compute the same minute at once could leave the older result.
 _LOCK = 0x726F6C6C757073
 
@@ -140,11 +144,11 @@ class Rollups:
 
 
 async def _compute_minutes(connection: Connection, minute: datetime, gpu_ids: Sequence[int]) -> None:
-    await connection.execute(_MINUTES, gpu_ids, minute)
+    await connection.execute(_MINUTES, gpu_ids, minute, minute - _REACH)
     hours = [(minute, gpu_ids)]
-    # The next sample's time and energy count from the last one of this minute, which may be a late one.
-    for row in await connection.fetch(QUERIES["minutes_after"], gpu_ids, minute):
-        await connection.execute(_MINUTES, row["gpu_ids"], row["minute"])
+    # The next samples' time and energy count from the last ones of this minute, which may be late ones.
+    for row in await connection.fetch(QUERIES["minutes_after"], gpu_ids, minute, minute + _REACH):
+        await connection.execute(_MINUTES, row["gpu_ids"], row["minute"], row["minute"] - _REACH)
         hours.append((row["minute"], row["gpu_ids"]))
     await connection.executemany(
         QUERIES["mark_rollups"],

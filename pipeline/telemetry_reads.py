@@ -36,6 +36,11 @@ SHOWN = (
 )  # fmt: skip
 # A GPU is brought up to date every few seconds, and its last sample is not much older.
 _LATEST_WITHIN = timedelta(minutes=2)
+# A dump has each field at a moment of its own; an XID error is a sample without values. Exporters are asked once
+# a minute at the least: what has had no value in two minutes is not measured any more.
+_VALUES_WITHIN = timedelta(minutes=2)
+# Replays may be as far ahead of the clock that `last_seen` keeps to.
+_AHEAD = timedelta(days=1)
 # Rows whose hour may not be rolled up yet are read by the minute.
 _HOURS_SETTLE = timedelta(hours=2)
 
@@ -71,7 +76,7 @@ async def gpus(
     after: tuple[str, str] | None = None,
     fields: Sequence[str] = SHOWN,
 ) -> list[GpuView]:
-    """Return GPUs by host and UUID, each with these fields of its latest sample."""
+    """Return GPUs by host and UUID, each with its latest values of these fields."""
     host, uuid = after or (None, None)
     async with pool.transaction() as connection:
         rows = await connection.fetch(
@@ -81,7 +86,11 @@ async def gpus(
         latest: dict[int, asyncpg.Record] = {}
         if rows and fields:
             ids, seen = [row["gpu_id"] for row in rows], [row["last_seen"] for row in rows]
-            found = await connection.fetch(_latest(fields), ids, seen, _LATEST_WITHIN)
+            # The planner is given moments, not sums of them: it then leaves other days out.
+            since, until = min(seen) - _LATEST_WITHIN - _VALUES_WITHIN, max(seen) + _AHEAD
+            found = await connection.fetch(
+                _latest(fields), ids, seen, _LATEST_WITHIN, _VALUES_WITHIN, _AHEAD, since, until
+            )
             latest = {row["gpu_id"]: row for row in found}
     return [_gpu(row, latest.get(row["gpu_id"]), fields) for row in rows]
 
@@ -202,12 +211,24 @@ async def energy_of_predictions(pool: Pool, start: datetime, end: datetime) -> t
 
 
 def _latest(fields: Sequence[str]) -> str:
-    columns = ", ".join(name for name in fields if name in dcgm.PLAIN)
+    """Return the statement for the latest values of GPUs $1 last seen at $2, of samples from $6 on, before $7.
+
+    What the newest sample has is not looked for in others; of a GPU that is lost the values before are not its own.
+    """
+    known = [name for name in fields if name in dcgm.PLAIN]
+    values = [
+        f"coalesce(newest.{name}, (SELECT {name} FROM gpu_samples AS before WHERE NOT newest.lost "
+        "AND before.gpu_id = newest.gpu_id AND time < newest.time AND time >= newest.time - $4::interval "
+        f"AND time >= $6 AND time < $7 AND {name} IS NOT NULL ORDER BY time DESC LIMIT 1)) AS {name}"
+        for name in known
+    ]
     return (
-        "SELECT asked.gpu_id, latest.* FROM unnest($1::integer[], $2::timestamptz[]) AS asked (gpu_id, seen), "
-        f"LATERAL (SELECT time, {columns} FROM gpu_samples WHERE gpu_samples.gpu_id = asked.gpu_id "
-        "AND time >= asked.seen - $3::interval AND time < asked.seen + interval '1 day' "
-        "ORDER BY time DESC LIMIT 1) AS latest"
+        f"SELECT {', '.join(['newest.gpu_id', 'newest.time', *values])} "
+        "FROM unnest($1::integer[], $2::timestamptz[]) AS asked (gpu_id, seen), "
+        f"LATERAL (SELECT {', '.join(['gpu_id', 'time', 'lost', *known])} FROM gpu_samples "
+        "WHERE gpu_samples.gpu_id = asked.gpu_id AND time >= asked.seen - $3::interval "
+        "AND time < asked.seen + $5::interval AND time >= $6 AND time < $7 "
+        "ORDER BY time DESC LIMIT 1) AS newest"
     )
 
 

@@ -126,6 +126,36 @@ async def test_gpus_and_hosts(gateway: Gateway, database_of_gpus: TelemetryDatab
     assert hosts[0][0]["firing"]["critical"] == 1
 
 
+async def test_latest_values_of_fields_that_come_apart(
+    gateway: Gateway, database_of_gpus: TelemetryDatabase
+) -> None:
+    """Each field's newest value within two minutes is shown, whatever sample has it; none of a lost GPU."""
+
+    def apart(uuid: str) -> list[Sample]:
+        return [
+            sample(uuid, 0, values={"power_limit_watts": 700}),
+            sample(uuid, 10, values={"temperature_celsius": 40}),
+            sample(uuid, 100, values={"utilization_percent": 0, "power_watts": 1}),
+            sample(uuid, 115, values={"utilization_percent": 95}),
+            sample(uuid, 116.3, values={"temperature_celsius": 61}),
+            sample(uuid, 117.7, values={"power_watts": 301.5}),
+            sample(uuid, 119, values={"memory_used_mebibytes": 7}),
+        ]
+
+    await save(database_of_gpus, "node-1", *apart("GPU-1"), sample("GPU-1", 121, values={}, xids=(13,)))
+    await save(database_of_gpus, "node-1", *apart("GPU-2"), sample("GPU-2", 121, values={}, state="lost"))
+    values = {
+        "utilization_percent": 95.0, "memory_used_mebibytes": 7.0, "temperature_celsius": 61.0,
+        "power_watts": 301.5,
+    }  # fmt: skip
+    for path, latest in (("GPU-1", values), ("GPU-2", {})):
+        found = (await gateway.http.get(f"/v1/gpus/{path}")).json()["latest"]
+        assert found["values"] == latest
+        assert datetime.fromisoformat(found["time"]) == START + timedelta(seconds=121)
+    as_csv = rows_of(await gateway.http.get("/v1/gpus?format=csv"))
+    assert [row["latest.values.power_watts"] for row in as_csv] == ["301.5", ""]
+
+
 async def test_samples_come_back_value_for_value(
     gateway: Gateway, database_of_gpus: TelemetryDatabase
 ) -> None:

@@ -93,6 +93,35 @@ async def test_power_stands_in_for_a_counter(db: TelemetryDatabase) -> None:
     assert await rolled(db, "gpu_minutes", "joules, seconds, idle_seconds") == expected
 
 
+async def test_each_field_at_a_moment_of_its_own(db: TelemetryDatabase) -> None:
+    """Energy and idle time are whole where each field has rows of its own, over the end of a minute too."""
+    for start in range(0, 120, 15):
+        await store(
+            db,
+            sample(start, utilization_percent=0 if start <= 45 else 50),
+            sample(start + 1.3, temperature_celsius=50),
+            sample(start + 2.7, power_watts=100 if start < 60 else 300),
+            sample(start + 4, memory_used_mebibytes=7),
+        )
+    # In the first minute 45 s from one power to the next, in the second one step to 300 W and 45 s at it.
+    assert await rolled(db, "gpu_minutes", "joules, seconds, idle_seconds") == [
+        (4500, pytest.approx(47.7), 45), (3000 + 13500, pytest.approx(60), 0),
+    ]  # fmt: skip
+
+
+async def test_power_beside_a_counter(db: TelemetryDatabase) -> None:
+    """Energy is counted once where power and counter come apart; power stands in when the counter ends."""
+    gained = {0: 1e6, 60: 1.6e6, 120: 2.2e6}  # 10 W; power says 50 W
+    for at in range(0, 660, 30):
+        if at in gained:
+            await store(db, sample(at, energy_millijoules=gained[at]))
+        await store(db, sample(at + 2, power_watts=50))
+    # Five minutes after its last value the counter is no more.
+    assert [joules for (joules,) in await rolled(db, "gpu_minutes", "joules")] == [
+        None, 600, 600, None, None, None, None, None, 3000, 3000, 3000,
+    ]  # fmt: skip
+
+
 async def test_a_late_sample_corrects_the_minute_after(db: TelemetryDatabase) -> None:
     """In whatever order samples come and roll-ups are made, the result is the one of samples in order."""
     samples = [
@@ -114,6 +143,34 @@ async def test_a_late_sample_corrects_the_minute_after(db: TelemetryDatabase) ->
         for one, other in zip(some, others, strict=True):
             assert one[:3] == other[:3]
             assert one[3:] == pytest.approx(other[3:])
+
+
+async def test_a_late_value_corrects_the_minutes_after(db: TelemetryDatabase) -> None:
+    """Where each field has rows of its own, any one that comes late leaves the result that it has in order."""
+    moments = [
+        *((at, {"utilization_percent": at / 100 % 7}) for at in (*range(0, 400, 40), *range(400, 1500, 200))),
+        *((at + 2.7, {"power_watts": 100.0 + at}) for at in range(0, 1500, 130)),
+        *((at + 4, {"energy_millijoules": 1e6 + at * at}) for at in range(0, 400, 130)),
+        (1450, {"energy_millijoules": 1e9}),
+    ]  # fmt: skip
+    for late in (False, True):
+        await store(
+            db,
+            *(
+                sample(at, f"GPU-{gpu:02}", **values)
+                for gpu in range(len(moments) + 1)  # nothing of the last one is late
+                for number, (at, values) in enumerate(moments)
+                if (gpu == number) is late
+            ),
+        )
+        await rolled(db, "gpu_minutes", "1")
+    of_gpus: dict[int, list[Any]] = {}
+    for gpu_id, *row in await rows(db, "gpu_minutes", "gpu_id, time, joules, seconds, idle_seconds"):
+        of_gpus.setdefault(gpu_id, []).append(tuple(row))
+    *each, in_order = of_gpus.values()
+    assert len(each) == len(moments)
+    assert sum(joules is not None for _, joules, _, _ in in_order) > 6
+    assert [gpu for gpu, found in enumerate(each) if found != in_order] == []
 
 
 async def test_a_minute_that_fails_keeps_no_other_waiting(db: TelemetryDatabase) -> None:

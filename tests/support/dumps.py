@@ -1,6 +1,7 @@
-"""A DCGM dump in the layout of the public ones: 10 metrics of 247 GPUs on 31 hosts, four moments, long format."""
+"""A DCGM dump in the layout of the public ones: 10 metrics of 247 GPUs on 31 hosts, a second each, long format."""
 
 import csv
+import itertools
 import random
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,7 @@ METRICS = {
     "DCGM_FI_DEV_FB_FREE": (0, 81_000), "DCGM_FI_DEV_FB_USED": (0, 81_000),
 }  # fmt: skip
 _MODEL = "NVIDIA H100 80GB HBM3"
+_ROUND = timedelta(seconds=15)
 _BEGIN = datetime(2025, 7, 18, 20, 42, 34, tzinfo=UTC)
 
 
@@ -54,12 +56,14 @@ class Value:
         }  # fmt: skip
 
 
-def values(gpus: int = 247, seed: int = 7) -> list[Value]:
-    """Draw a dump: one value for each metric and GPU, metric by metric, over four moments."""
+def values(gpus: int = 247, seed: int = 7, rounds: int = 1) -> list[Value]:
+    """Draw a dump: in each round one value for each metric and GPU, metric by metric, over four moments."""
     drawn = random.Random(seed)
     found = []
-    for number, (metric, (lowest, highest)) in enumerate(METRICS.items()):
-        time = _BEGIN + timedelta(seconds=4 * number // len(METRICS) * 4 / 3)
+    for turn, (number, (metric, (lowest, highest))) in itertools.product(
+        range(rounds), enumerate(METRICS.items())
+    ):
+        time = _BEGIN + turn * _ROUND + timedelta(seconds=4 * number // len(METRICS) * 4 / 3)
         for gpu in range(gpus):
             value = (
                 drawn.randint(lowest, highest)
