@@ -42,6 +42,7 @@ from pipeline.errors import ConfigurationError, DependencyError
 from pipeline.settings import PREFIX, Settings
 
 KEPT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+_AUTOSCALING_PAGE = KEPT.parent / "autoscaling.md"
 _READY_SECONDS = 120.0
 _NO_DATABASE = "postgresql://127.0.0.1:1/none"
 
@@ -161,13 +162,15 @@ def run_autoscale(plan: autoscale.Plan, folder: Path | None, *, as_json: bool, w
     circumstances = report.Circumstances.now(os.getloadavg()[0])
     _check_folder(write)
     result = autoscale.measure(plan, circumstances, say)
+    facts = Facts(plan.pod_images_per_second, plan.start_seconds, plan.deadline_seconds)
     if folder is not None:
-        facts = Facts(plan.pod_images_per_second, plan.start_seconds, plan.deadline_seconds)
         for path in plots.draw_all(folder, facts, plan.seed):
             say(f"drawn in {path}")
     if write:
         report.keep(result, KEPT / "autoscaling.json")
         say(f"kept in {KEPT / 'autoscaling.json'}")
+        plots.write_page(_AUTOSCALING_PAGE, facts, plan.seed)
+        say(f"drawn in {_AUTOSCALING_PAGE}")
     if as_json:
         emit(result)
     else:

@@ -100,7 +100,10 @@ def bench_autoscale(
         Path | None, typer.Option(metavar="FOLDER", help="Draw each trace there, as SVG.", file_okay=False)
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Keep it in docs/benchmarks/autoscaling.json.")
+        bool,
+        typer.Option(
+            "--write", help="Keep it in docs/benchmarks/autoscaling.json, drawn in docs/autoscaling.md."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -4,6 +4,7 @@ A pod costs from the moment it is ordered until it has drained. The group stops 
 Within a lane and partition records are served in order; real-time goes before bulk, which keeps an eighth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,6 +187,16 @@ class Cluster:
         start, end = self.outages.get(name, (0, 0))
         return start <= self.now < end
 
+    def oldest(self, times: Sequence[int]) -> Floats:
+        """Return how long the oldest record of any partition had waited at each of these seconds."""
+        at = np.asarray(times)
+        waited = np.zeros(len(at))
+        for arrived, served in zip(_columns(self.arrived), _columns(self.served[at]), strict=True):
+            # Rounding may leave a millionth of a record.
+            came = np.searchsorted(arrived, served + 1e-6, side="right")
+            waited = np.maximum(waited, at - came + 1)
+        return waited
+
     def late(self, deadline_seconds: float) -> float:
         """Return how many records waited longer than the deadline, those that never finished included.
 
@@ -201,3 +212,8 @@ class Cluster:
         """Return how many records `late` looked at."""
         allowed = max(0, int(deadline_seconds - 2 * self._kind.batch_seconds))
         return float(self.trace.arrivals[: self.trace.seconds - allowed].sum())
+
+
+def _columns(by_second: Floats) -> Floats:
+    """Return a row of its own for each lane and partition."""
+    return by_second.reshape(len(by_second), -1).T

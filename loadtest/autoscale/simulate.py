@@ -23,9 +23,10 @@ class Run:
     replica_changes: int
     rebalances: int
     most_replicas: int
-    #: Every quarter of a minute: replicas ordered, and seconds of work waiting per pod's worth of arrivals.
+    #: Every quarter of a minute: replicas ordered, records waiting, and for how many seconds the oldest of them.
     replicas: tuple[int, ...]
     backlog: tuple[int, ...] = field(repr=False)
+    waited: tuple[float, ...] = field(repr=False)
 
 
 def run(
@@ -46,7 +47,7 @@ def run(
     cluster.changes = 0
     keda = Keda(scaled)
     hpa = Autoscaler(max(1, scaled.min_replicas), scaled.max_replicas, scaled.behavior)
-    replicas, backlog = [], []
+    replicas, backlog, times = [], [], []
     for second in range(trace.seconds):
         if second % scaled.polling_seconds == _POLL_PHASE:
             cluster.scale(keda.poll(second, cluster.replicas, cluster))
@@ -54,6 +55,7 @@ def run(
             # An HPA at zero asks nothing.
             if cluster.replicas:
                 cluster.scale(hpa.sync(second, cluster.replicas, keda.metrics(cluster)))
+            times.append(second)
             replicas.append(cluster.replicas)
             backlog.append(int((cluster.arrived[second] - cluster.served[second]).sum()))
         cluster.step()
@@ -65,4 +67,5 @@ def run(
         most_replicas=max(replicas),
         replicas=tuple(replicas),
         backlog=tuple(backlog),
+        waited=tuple(cluster.oldest(times).tolist()),
     )

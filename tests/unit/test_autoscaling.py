@@ -509,7 +509,44 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     assert all(path.read_text().count("<polyline") == 6 for path in written)
 
 
+def test_the_backlog_is_as_old_as_its_oldest_record() -> None:
+    """Without a pod the oldest record ages a second each second; once everything is served nothing has waited."""
+    trace = traces.draw("constant", traces.constant(100.0, 300), np.ones(12), 1)
+    cluster = Cluster(trace, SWIFT, 1)
+    for second in range(trace.seconds):
+        if second == 100:
+            cluster.scale(12, ready=True)
+        cluster.step()
+    assert cluster.oldest([1, 50, 100]).tolist() == [1, 50, 100]
+    assert cluster.oldest([290, trace.seconds - 1]).tolist() == [0, 0]
+
+
 # What is kept
+
+
+def test_the_page_draws_what_the_simulation_yields() -> None:
+    """The page has two charts of each trace, and those of a trace are what its run of the kept plan draws."""
+    page = (ROOT / "docs/autoscaling.md").read_text("utf-8")
+    plan = msgspec.json.decode(
+        (ROOT / "docs/benchmarks/autoscaling.json").read_bytes(), type=bench.Result
+    ).plan
+    facts = Facts(plan.pod_images_per_second, plan.start_seconds, plan.deadline_seconds)
+    assert all(page.count(f'    title "{name}: ') == 2 for name in traces.NAMES)
+    assert all(chart in page for chart in plots.mermaid(plots.draw("burst", facts, plan.seed)))
+
+
+def test_the_page_keeps_what_is_around_the_plots(tmp_path: Path) -> None:
+    """Only what is between the marks is written again, and a page without them is refused."""
+    page = tmp_path / "page.md"
+    page.write_text(f"before {plots.BEGIN}former{plots.END} after\n")
+    plots.write_page(page, Facts(), 1, seconds=600)
+    written = page.read_text()
+    assert "former" not in written
+    assert (written[:7], written[-7:]) == ("before ", " after\n")
+    assert written.count("```mermaid") == 2 * len(traces.NAMES)
+    page.write_text("none")
+    with pytest.raises(ValueError, match="begin plots"):
+        plots.write_page(page, Facts(), 1, seconds=600)
 
 
 def test_the_kept_result_reached_what_was_promised() -> None:
