@@ -61,7 +61,15 @@ class Log:
         self.position = offsets.stop
         if self.fails:
             raise KafkaError("another partition failed")
-        record = {"topic": BULK, "partition": 0, "timestamp": 0, "key": None, "value": b"x", "headers": ()}
+        record = {
+            "topic": BULK,
+            "partition": 0,
+            "timestamp": 0,
+            "timestamp_type": 0,
+            "key": None,
+            "value": b"x",
+            "headers": (),
+        }
         return {PLACE: [SimpleNamespace(**record, offset=offset) for offset in offsets]} if offsets else {}
 
 
