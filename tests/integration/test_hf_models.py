@@ -341,7 +341,6 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.errors import ConfigurationError
-from pipeline.inference.forward import Forward
 from pipeline.models import LoadOptions, load_models
 try:
     (model,) = load_models("hf:org/classifier", torch.device("cpu"), LoadOptions(cache=Path(sys.argv[1])))
