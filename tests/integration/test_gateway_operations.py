@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.__main__ import listen
+from gateway.server import listen
 from millrace import ports
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
@@ -223,6 +224,22 @@ def test_a_signal_lets_requests_finish(tmp_path: Path, kafka: str, topic_prefix:
     assert json.loads(answers[0].rpartition("\n")[0])["state"] == "accepted"
     assert (exit_code, process.log().count("Traceback")) == (0, 0)
     assert seconds < 15.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_is_imported(number: signal.Signals) -> None:
+    """A signal is heard from the start, also by the first process of a container, and nothing was begun."""
+    program = f"""
+import os, runpy, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "uvicorn":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder)
+runpy.run_module("gateway", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

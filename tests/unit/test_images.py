@@ -32,7 +32,7 @@ RUNS = {
     "worker-cpu": {"predict", "watch"},
 }
 MODULES = {
-    "gateway": ["gateway.__main__", "gateway.app"],
+    "gateway": ["gateway.__main__", "gateway.server", "gateway.app"],
     "steps": [
         *("agents.app", "agents.store", "agents.archive", "agents.record", "agents.notify"),
         *(
