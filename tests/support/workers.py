@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from millrace import ports
+from millrace import ports, processes
 from tests.support.eventually import eventually_sync
 
 READY_SECONDS = 60.0
@@ -44,8 +44,8 @@ class WorkerProcess:
         return self._process.poll()
 
     def start(self) -> "WorkerProcess":
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(self._arguments, env=self._environment, stdout=log, stderr=log)
+        # Not by hand: what is left of a test run that was killed would go on, and take its share of the machine.
+        self._process = processes.spawn(self._arguments, log_path=self.log_path, env=self._environment)
         return self
 
     def get(self, path: str) -> tuple[int, str]:
