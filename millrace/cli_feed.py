@@ -29,7 +29,14 @@ Speed = Annotated[str, typer.Option(metavar="10x|max", help="Times as fast as th
 def replay(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="CSV, also gzipped."),
+        typer.Argument(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            allow_dash=True,
+            help="CSV, also gzipped; - is standard input.",
+        ),
     ],
     interval: Annotated[
         str, typer.Option(metavar="100ms", help="How often what has become due is published.")
@@ -42,12 +49,17 @@ def replay(
         bool, typer.Option("--keep-time", help="Samples keep the dump's time, and not that of the replay.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if any row is bad.")] = False,
+    sort: Annotated[
+        bool,
+        typer.Option("--sort", help="Put it in order of time first, and not only if it seems to need that."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Stream a dump of dcgm-exporter to Kafka as if it were happening now, with a progress bar on a terminal.
 
     The long format: a row for each value, with the columns timestamp, metric_name and value, uuid and Hostname or
-    labels_raw, and what else there is, in any order. Bad rows are left out, counted and listed with their line.
+    labels_raw, and what else there is, in any order. A dump whose rows are far from the order of time is sorted
+    first, in a temporary folder. Bad rows are left out, counted and listed with their line.
     """
     seconds = _length(interval, "--interval").total_seconds()
     if seconds < 0.001:
@@ -55,6 +67,8 @@ def replay(
     times = _times(speed)
     if loop and (keep_time or times is None):
         raise typer.BadParameter("goes neither with --keep-time nor with --speed max", param_hint="--loop")
+    if loop and not sort and not file.is_file():
+        raise typer.BadParameter("a pipe is read only once: name a file, or add --sort", param_hint="--loop")
     if times is None and not keep_time:
         raise typer.BadParameter(
             "max needs --keep-time: else all would be at one moment", param_hint="--speed"
@@ -65,7 +79,7 @@ def replay(
 
         from millrace import replay
 
-        wishes = replay.Wishes(seconds, times, loop, limit, peers, keep_time, strict, as_json)
+        wishes = replay.Wishes(seconds, times, loop, limit, peers, keep_time, strict, as_json, sort)
         return asyncio.run(replay.replay(settings, file, wishes))
 
     run(body)

@@ -79,6 +79,18 @@ class Identity(NamedTuple):
         return next(filter(None, map(self.series.get, _LINKS)), "")
 
 
+class Value(NamedTuple):
+    """What one row says."""
+
+    time: datetime
+    line: int
+    identity: Identity
+    name: str
+    value: float
+    #: Of a count of XID errors.
+    xid: int | None
+
+
 @dataclass(frozen=True)
 class Columns:
     """Where everything is in a row."""
@@ -125,18 +137,21 @@ def columns(header: list[str]) -> Columns:
     Raises:
         ContractError: one is missing or there twice.
     """
-    given = [name.strip() for name in header]
+    # Of files that were joined each has its byte order mark.
+    given = [name.strip().removeprefix("\ufeff") for name in header]
     names = ["metric_name" if name == "__name__" else name.casefold() for name in given]
     missing = [name for name in _REQUIRED if name not in names]
     if missing:
-        raise ContractError(f"the dump's first line has no column {', '.join(missing)}: not a DCGM dump")
+        if len(given) == 1 and (separator := next((s for s in ";\t|" if s in given[0]), None)):
+            raise ContractError(f"columns are separated by {separator!r}, and not by commas")
+        raise ContractError(f"no column {', '.join(missing)}: not the header of a DCGM dump")
     ours = {_IDENTITY_COLUMNS.get(name) for name in names}
     for identity in ("uuid", "hostname"):
         if identity not in ours and "labels_raw" not in names:
-            raise ContractError(f"the dump has neither a column {identity} nor labels_raw")
+            raise ContractError(f"neither a column {identity} nor labels_raw")
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
-        raise ContractError(f"the dump's first line has the column {twice[0]!r} twice")
+        raise ContractError(f"the column {twice[0]!r} twice")
     describing = []
     for index in sorted(range(len(names)), key=lambda index: _COLUMN_ORDER.get(names[index], 0)):
         name = names[index]

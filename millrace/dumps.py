@@ -1,28 +1,29 @@
 """DCGM dumps: rows of the long CSV format, one value each, gathered into the samples of one moment after another.
 
-A dump is streamed, never loaded. What a row cannot mean is left out, counted and listed with its line; its
-neighbours are unharmed. Values stay as they are written. Rows may be out of order by `LOOKAHEAD_ROWS`, as in dumps
-that are written metric by metric.
+A dump is streamed, never loaded. Rows may be out of order by `LOOKAHEAD_ROWS`; whoever wants more of a dump has it
+sorted on disk first. What a row cannot mean is left out, counted and listed with its line; its neighbours are
+unharmed. Values stay as they are written.
 """
 
 import csv
-import gzip
 import heapq
 import math
-import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from itertools import chain, islice
 from operator import itemgetter
-from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import msgspec
 
 from millrace import dump_rows
-from millrace.dump_rows import Identity
+from millrace.dump_files import DumpFile
+from millrace.dump_lines import Lines, Rejects
+from millrace.dump_rows import Columns, Value
+from millrace.dump_sort import SortedValues, rows_behind
 from millrace.dump_xids import COUNT, MAX_CODE, GpuXids
 from pipeline import dcgm
 from pipeline.errors import ContractError
@@ -30,7 +31,12 @@ from pipeline.telemetry import Gpu
 
 # About 25 MB of rows that wait for their moment to be complete.
 LOOKAHEAD_ROWS = 200_000
-_LINES_KEPT = 5
+# Of the lookahead. To sort without need only takes time, and of a pipe that holds one series after the other, each
+# shorter than the lookahead, at least half of the first rows lie behind each other.
+_MENDABLE = 0.5
+# Of a pipe's first rows so many are looked at.
+_LOOKS = 2_000
+_PAST = "its moment is past (--sort puts any dump in order)"
 # What `watch` and `record` take; a dump from a clock that is a little ahead is one, too.
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 _AHEAD = timedelta(days=1)
@@ -64,44 +70,19 @@ class Moment(NamedTuple):
     rows: int
 
 
-class _Value(NamedTuple):
-    """What one row says."""
-
-    time: datetime
-    identity: Identity
-    name: str
-    value: float
-    #: Of a count of XID errors.
-    xid: int | None
-
-
-@dataclass
-class Rejects:
-    """What was left out or doubted: how much by reason, and in which lines first."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    lines: dict[str, list[int]] = field(default_factory=dict)
-    #: Rows that were left out.
-    rows: int = 0
-
-    def add(self, reason: str, line: int, *, is_kept: bool = False) -> None:
-        """Count a row; `is_kept` if its value was."""
-        self.counts[reason] += 1
-        self.rows += not is_kept
-        kept = self.lines.setdefault(reason, [])
-        if len(kept) < _LINES_KEPT:
-            kept.append(line)
-
-
 class Dump:
-    """One file, plain or gzipped; what is known of its GPUs and rows grows while it is read.
+    """What one file says; what is known of its GPUs and rows grows while it is read.
+
+    Any one thread at a time may use it, and any other may close it meanwhile.
 
     Raises:
         ContractError: it has no usable header.
     """
 
-    def __init__(self, path: Path, *, limit: int | None = None, lookahead_rows: int = LOOKAHEAD_ROWS) -> None:
-        self._path = path
+    def __init__(
+        self, file: DumpFile, *, limit: int | None = None, lookahead_rows: int = LOOKAHEAD_ROWS
+    ) -> None:
+        self._file = file
         self._limit = limit
         self._lookahead_rows = lookahead_rows
         self._latest = datetime.now(UTC) + _AHEAD
@@ -111,62 +92,136 @@ class Dump:
         #: Values that mean "no value": left out, and no fault.
         self.blanks = 0
         self.rows = 0
-        with open_text(path) as file:
-            try:
-                self._columns = dump_rows.columns(next(csv.reader(file), []))
-            except csv.Error as error:
-                raise ContractError(f"{path}: not CSV: {error}") from None
-            except UnicodeDecodeError:
-                raise ContractError(f"{path}: not UTF-8 text") from None
-            except (OSError, EOFError, zlib.error) as error:
-                raise ContractError(f"{path}: {error}") from None
-        describing = [index for index, _, _ in self._columns.describing]
-        # The last one twice: of a single one this would return no tuple.
-        self._describing = itemgetter(*describing, describing[-1])
         self._moment = lru_cache(maxsize=4096)(self._time_of)
-        self._identified = lru_cache(maxsize=65_536)(self._columns.identified)
+        self._lines = Lines(file, self.rejects)
+        self._header = self._lines.columns
+        self._follow(self._header)
+        #: The first rows of a pipe and what comes after them.
+        self._begun: Iterator[Value] | None = None
+        self._sorted: SortedValues | None = None
+
+    @property
+    def past(self) -> int:
+        """How many rows came after their moment was given away."""
+        return self.rejects.counts[_PAST]
+
+    def close(self) -> None:
+        """End what waits for a pipe or sorts, and leave nothing on disk."""
+        self._file.stop()
+        if self._sorted is not None:
+            self._sorted.close()
+
+    def seems_in_order(self) -> bool:
+        """Look at lines from all over a file, or at the first rows of a pipe: whether the lookahead will do."""
+        if self._file.is_pipe:
+            values = self._read_all()
+            first = deque(islice(values, self._lookahead_rows))
+            rows_apart: float = max(1, self._lookahead_rows // _LOOKS)
+            times = [value.time for value in islice(first, 0, None, int(rows_apart))]
+            self._begun = chain(_drained(first), values)
+        else:
+            lines, rows_apart = self._file.sample(self._lookahead_rows // 8 or 1, self._limit)
+            times = list(self._times_in(lines))
+        return rows_behind(times) * rows_apart <= _MENDABLE * self._lookahead_rows
+
+    def sort(self, advance: Callable[[int], None]) -> None:
+        """Read it all and put it in order of time; `advance` is told how many rows more, time and again.
+
+        Raises:
+            MillraceError: there is no room for it.
+        """
+        self._sorted = SortedValues()
+        values = self._begun or self._read_all()
+        self._sorted.add(values, advance)
 
     def moments(self) -> Iterator[Moment]:
-        """Read the file once, and yield its moments in order of time."""
+        """Read it once, and yield its moments in order of time.
+
+        Raises:
+            MillraceError: there is no room to sort them.
+        """
         waiting: list[datetime] = []
         gathered: dict[datetime, dict[str, dict[str, Reading]]] = {}
         sizes: Counter[datetime] = Counter()
         xids: defaultdict[tuple[str, str], GpuXids] = defaultdict(GpuXids)
         held = 0
+        lookahead_rows = 0 if self._sorted is not None else self._lookahead_rows
         newest_out = datetime.min.replace(tzinfo=UTC)
 
         def oldest() -> Moment:
             time = heapq.heappop(waiting)
             return self._completed(Moment(time, gathered.pop(time), sizes.pop(time)), xids)
 
-        for line, row in self._numbered_rows():
-            read = self._read(row, line)
-            if read is None:
-                continue
-            time = read.time
+        for value in self._values():
+            time = value.time
             if time <= newest_out:
-                self.rejects.add("its moment is past: sort the dump by time", line)
+                self.rejects.add(_PAST, value.line)
                 continue
             hosts = gathered.get(time)
             if hosts is None:
                 hosts = gathered[time] = {}
                 heapq.heappush(waiting, time)
-            gpus = hosts.setdefault(read.identity.host, {})
-            reading = gpus.get(read.identity.gpu_uuid)
+            gpus = hosts.setdefault(value.identity.host, {})
+            reading = gpus.get(value.identity.gpu_uuid)
             if reading is None:
-                reading = gpus[read.identity.gpu_uuid] = Reading()
-            if not _put(reading, read):
-                self.rejects.add("the same metric of the same GPU and moment again", line)
+                reading = gpus[value.identity.gpu_uuid] = Reading()
+            if not _put(reading, value):
+                self.rejects.add("the same metric of the same GPU and moment again", value.line)
                 continue
             sizes[time] += 1
             held += 1
-            if held > self._lookahead_rows and len(waiting) > 1:
+            if held > lookahead_rows and len(waiting) > 1:
                 moment = oldest()
                 newest_out = moment.time
                 held -= moment.rows
                 yield moment
         while waiting:
             yield oldest()
+
+    def _values(self) -> Iterator[Value]:
+        if self._sorted is not None:
+            return self._sorted.values()
+        begun, self._begun = self._begun, None
+        return begun or self._read_all()
+
+    def _read_all(self) -> Iterator[Value]:
+        """Yield what the rows mean, up to the limit, as they come."""
+        if self._columns != self._header:
+            self._follow(self._header)
+        for line, row in islice(self._lines.rows(), self._limit):
+            self.rows += 1
+            value = self._read(row, line)
+            if value is not None:
+                yield value
+
+    def _follow(self, columns: Columns) -> None:
+        """Read rows by these columns from here on."""
+        self._columns = self._lines.columns = columns
+        describing = [index for index, _, _ in columns.describing]
+        # The last one twice: of a single one this would return no tuple.
+        self._describing = itemgetter(*describing, describing[-1])
+        self._identified = lru_cache(maxsize=65_536)(columns.identified)
+
+    def _is_header(self, row: list[str]) -> bool:
+        """Whether another file begins here, as where dumps were joined; then its columns count."""
+        try:
+            columns = dump_rows.columns(row)
+        except ContractError:
+            return False
+        self.rows -= 1
+        if columns != self._columns:
+            self._follow(columns)
+        return True
+
+    def _times_in(self, lines: Iterable[str]) -> Iterator[datetime]:
+        """Yield the times of lines; some may be parts of rows, or none."""
+        for line in lines:
+            try:
+                row = next(csv.reader([line]), [])
+                if len(row) == self._columns.count:
+                    yield self._moment(row[self._columns.timestamp])
+            except (csv.Error, ValueError):
+                continue
 
     def _completed(self, moment: Moment, xids: Mapping[tuple[str, str], GpuXids]) -> Moment:
         """Say what the GPUs are at this moment, and which errors are new."""
@@ -181,83 +236,20 @@ class Dump:
                 reading.xids = xids[host, gpu_uuid].step(reading.values, reading.xid_counts or {})
         return moment
 
-    def _numbered_rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield rows with their line, up to the limit."""
-        left = math.inf if self._limit is None else self._limit
-        with open_text(self._path) as file:
-            for line, row in self._rows_of(file) if left else ():
-                self.rows += 1
-                left -= 1
-                yield line, row
-                if left <= 0:
-                    return
-
-    def _rows_of(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-        """Yield what is not empty; what is not CSV is counted, and lines that a quote joins are parted again."""
-        lines: list[str] = []
-
-        def remembered() -> Iterator[str]:
-            for line in file:
-                lines.append(line)
-                yield line
-
-        reader = csv.reader(remembered())
-        next(reader, None)
-        while True:
-            begin = reader.line_num + 1
-            lines.clear()
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                yield from self._apart(begin, lines)
-                continue
-            except (OSError, EOFError, zlib.error) as error:
-                # A gzip file that was cut off: what came before it is good.
-                self.rejects.add(f"the file ends too early: {error}", begin)
-                return
-            if len(lines) > 1 and self._is_joined(row, lines):
-                yield from self._apart(begin, lines)
-            elif row:
-                yield begin, row
-
-    def _is_joined(self, row: list[str], lines: Sequence[str]) -> bool:
-        """Whether it is several rows, of which one has a quote that nothing closes."""
+    def _read(self, row: list[str], line: int) -> Value | None:
         if len(row) != self._columns.count:
-            return True
-        for line in lines[1:]:
-            try:
-                alone = next(csv.reader([line]), [])
-                if len(alone) == self._columns.count and dump_rows.moment(
-                    alone[self._columns.timestamp].strip()
-                ):
-                    return True
-            except (csv.Error, ValueError):
-                continue
-        return False
-
-    def _apart(self, begin: int, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        for number, line in enumerate(lines, begin):
-            try:
-                row = next(csv.reader([line]), [])
-            except csv.Error:
-                self.rejects.add("not CSV", number)
-                continue
-            if row:
-                yield number, row
-
-    def _read(self, row: list[str], line: int) -> _Value | None:
-        if len(row) != self._columns.count:
-            self.rejects.add("another number of columns than the first line", line)
+            if not self._is_header(row):
+                self.rejects.add("another number of columns than the header", line)
             return None
         text = row[self._columns.value].strip()
         if not text:
             self.blanks += 1
             return None
         try:
-            read = self._meant(row, text)
+            read = self._meant(row, text, line)
         except ValueError as error:
+            if self._is_header(row):
+                return None
             reason = str(error)
             self.rejects.add("the value is not a number" if "could not convert" in reason else reason, line)
             return None
@@ -271,7 +263,7 @@ class Dump:
             raise ValueError("the time is far in the past or the future")
         return time
 
-    def _meant(self, row: list[str], text: str) -> _Value | None:
+    def _meant(self, row: list[str], text: str, line: int) -> Value | None:
         """Say what a row means; None is a blank.
 
         Raises:
@@ -291,15 +283,15 @@ class Dump:
         if why is not None:
             raise ValueError(f"the value is {why.replace('_', ' ')} of {name}")
         if not identity.series:
-            return _Value(time, identity, name, value, None)
+            return Value(time, line, identity, name, value, None)
         if metric == COUNT and (code := identity.series.get("xid")):
             if not code.isdecimal() or len(code) > 6 or int(code) > MAX_CODE or value < 0:
                 raise ValueError("no count of an XID error")
-            return _Value(time, identity, name, value, int(code))
-        return _Value(time, identity, dump_rows.field_name(metric, identity.kind), value, None)
+            return Value(time, line, identity, name, value, int(code))
+        return Value(time, line, identity, dump_rows.field_name(metric, identity.kind), value, None)
 
 
-def _put(reading: Reading, read: _Value) -> bool:
+def _put(reading: Reading, read: Value) -> bool:
     """Add a value; of NVLinks the sum. False: it is there already."""
     name, identity = read.name, read.identity
     if read.xid is not None:
@@ -329,6 +321,11 @@ def _put(reading: Reading, read: _Value) -> bool:
     return True
 
 
+def _drained(values: deque[Value]) -> Iterator[Value]:
+    while values:
+        yield values.popleft()
+
+
 def _merged(gpus: Sequence[Gpu]) -> Gpu:
     """Return what several series say of one GPU."""
     described: dict[str, object] = {}
@@ -336,12 +333,3 @@ def _merged(gpus: Sequence[Gpu]) -> Gpu:
         described = msgspec.to_builtins(gpu) | described
     described["labels"] = {name: text for gpu in gpus for name, text in gpu.labels.items()}
     return dump_rows.interned(msgspec.json.encode(described))
-
-
-def open_text(path: Path) -> TextIO:
-    """Open as text whatever its name says: gzip files are told by their first bytes."""
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    if is_gzip:
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-    return path.open("r", encoding="utf-8-sig", errors="replace", newline="")

@@ -4,6 +4,7 @@
 travel in one record. A silence of hours in the dump is not waited for.
 """
 
+import asyncio
 import math
 import time
 from collections import defaultdict
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from millrace.dumps import Dump, Moment, Reading, open_text
+from millrace.dump_files import DumpFile
+from millrace.dumps import Dump, Moment, Reading
 from millrace.feed import PUBLISH_SECONDS, Feed, Tick
 from millrace.output import EXIT_FAILED, counted, say
 from millrace.progress import Progress
@@ -43,6 +45,8 @@ class Wishes:
     keep_time: bool = False
     strict: bool = False
     as_json: bool = False
+    #: Put the dump in order of time first, even if it seems to be.
+    sort: bool = False
 
 
 async def replay(settings: Settings, path: Path, wishes: Wishes) -> int:
@@ -51,16 +55,39 @@ async def replay(settings: Settings, path: Path, wishes: Wishes) -> int:
     Raises:
         ContractError: the file is no dump.
         DependencyError: the broker stopped answering; what was published stays so.
+        MillraceError: there is no room to sort the dump.
     """
-    dump = Dump(path, limit=wishes.limit)
+    file = DumpFile(path)
+    try:
+        # In threads, as who writes to a pipe may take long, and a gzipped dump has to be unpacked for a look at it.
+        dump = await asyncio.to_thread(Dump, file, limit=wishes.limit)
+        try:
+            if wishes.sort or not await asyncio.to_thread(dump.seems_in_order):
+                await _sort(dump, file, wishes)
+            return await _publish(settings, dump, file, wishes)
+        finally:
+            dump.close()
+    finally:
+        file.stop()
+
+
+async def _sort(dump: Dump, file: DumpFile, wishes: Wishes) -> None:
+    why = "as --sort asks for" if wishes.sort else "as its rows are far from the order of time"
+    say(f"{file}: sorting it first, {why}")
+    began = time.monotonic()
+    with Progress("sorting", file.lines, wishes.limit) as progress:
+        await asyncio.to_thread(dump.sort, lambda count: progress.advance(count=count))
+    say(f"{file}: sorted {counted(dump.rows, 'row')} in {time.monotonic() - began:.1f} s")
+
+
+async def _publish(settings: Settings, dump: Dump, file: DumpFile, wishes: Wishes) -> int:
     publisher = Publisher(settings, client_id="millrace-replay", timeout_seconds=PUBLISH_SECONDS)
     await publisher.start(wait=False)
     feed = Feed(settings, publisher, peers=wishes.peers, as_json=wishes.as_json)
     ticks = Ticks(dump, wishes, datetime.now(UTC), timedelta(days=settings.sample_retention_days))
     began = time.monotonic()
     try:
-        rows = None if wishes.loop else (lambda: _lines(path))
-        with Progress("replaying", rows, wishes.limit) as progress:
+        with Progress("replaying", None if wishes.loop else file.lines, wishes.limit) as progress:
             await feed.run(iter(ticks), progress, is_paced=wishes.speed is not None)
     except BaseExceptionGroup as errors:
         expected, others = errors.split(MillraceError)
@@ -69,11 +96,11 @@ async def replay(settings: Settings, path: Path, wishes: Wishes) -> int:
         raise expected.exceptions[0] from None
     finally:
         await publisher.stop()
-        _report(dump, feed, ticks, time.monotonic() - began)
+        _report(file, dump, feed, ticks, time.monotonic() - began)
     if not feed.samples:
-        say(f"{path} has nothing that can be replayed")
+        say(f"{file} has nothing that can be replayed")
         return EXIT_FAILED
-    return EXIT_FAILED if wishes.strict and dump.rejects.counts else 0
+    return EXIT_FAILED if dump.past or (wishes.strict and dump.rejects.counts) else 0
 
 
 class Ticks:
@@ -184,20 +211,12 @@ class Ticks:
         return news.values()
 
 
-def _lines(path: Path) -> Iterator[object]:
-    """Yield about as many items as the dump has rows."""
-    with open_text(path) as file:
-        next(file, None)
-        yield from file
-
-
-def _report(dump: Dump, feed: Feed, ticks: Ticks, seconds: float) -> None:
+def _report(file: DumpFile, dump: Dump, feed: Feed, ticks: Ticks, seconds: float) -> None:
     counts, lines = dump.rejects.counts, dump.rejects.lines
     for reason, count in counts.most_common():
         where = ", ".join(map(str, lines[reason]))
-        say(
-            f"{counted(count, 'row')}: {reason} (line {where}{', ...' if count > len(lines[reason]) else ''})"
-        )
+        more = ", ..." if count > len(lines[reason]) else ""
+        say(f"{file}: {counted(count, 'row')}: {reason} (line {where}{more})")
     hosts, gpus = len(dump.gpus), sum(map(len, dump.gpus.values()))
     rate = f" ({feed.values / seconds:,.0f} values per second)" if seconds > 0 else ""
     samples = f"{counted(feed.samples, 'sample')} of {counted(gpus, 'GPU')} on {counted(hosts, 'host')}"

@@ -3,18 +3,30 @@
 import asyncio
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from millrace import replay
+from millrace.dumps import Dump
 from pipeline import broker, telemetry
 from pipeline.settings import Settings, load
 from pipeline.telemetry import Samples
 from pipeline.topics import GPU_SAMPLES
-from tests.support.dumps import values, write
+from tests.support.dumps import piped, series, values, write
+from tests.support.eventually import eventually
 
 pytestmark = pytest.mark.asyncio
 
@@ -27,15 +39,61 @@ async def settings(kafka: str, topic_prefix: str) -> Settings:
     return settings
 
 
-def millrace(settings: Settings, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment(settings: Settings) -> dict[str, str]:
+    return os.environ | {
         "MILLRACE_KAFKA_BOOTSTRAP_SERVERS": settings.resolved_kafka,
         "MILLRACE_TOPIC_PREFIX": settings.topic_prefix,
     }
+
+
+def millrace(settings: Settings, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "millrace", *map(str, arguments)],
-        env=environment, text=True, capture_output=True, timeout=60, check=False,
+        env=environment(settings), text=True, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
+
+
+@contextmanager
+def terminal(
+    settings: Settings, shown: list[str], *arguments: str | Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command with a terminal for its messages, and keep what it shows there."""
+    ours, its = os.openpty()
+
+    def keep() -> None:
+        # EIO: the command has ended.
+        with suppress(OSError):
+            while text := os.read(ours, 4096):
+                shown.append(text.decode(errors="replace"))
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "millrace", *map(str, arguments)],
+        env=environment(settings) | {"TERM": "xterm", "COLUMNS": "120"}, stdout=subprocess.DEVNULL, stderr=its,
+    )  # fmt: skip
+    os.close(its)
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        keeper.join()
+        os.close(ours)
+
+
+def plain(shown: list[str]) -> str:
+    """Return what a terminal shows without its colours and movements."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "".join(shown))
+
+
+def values_of(records: list[tuple[bytes | None, Samples]]) -> list[tuple[datetime, str, str, float]]:
+    return [
+        (sample.time, sample.gpu_uuid, name, value)
+        for _, record in records
+        for sample in record.samples
+        for name, value in sample.values.items()
+    ]
 
 
 async def read(settings: Settings, count: int) -> list[tuple[bytes | None, Samples]]:
@@ -98,6 +156,60 @@ async def test_peers_across_hosts(settings: Settings, tmp_path: Path) -> None:
     assert {key for key, _ in found} == {b"cluster-7"}
     assert {record.host for _, record in found} == {row.host for row in rows}
     assert {s.time for _, record in found for s in record.samples} == {row.time for row in rows}
+
+
+async def test_a_dump_in_another_order(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dump of one series after the other is sorted and arrives whole; a row that comes too late fails a run."""
+    monkeypatch.setattr(replay, "Dump", partial(Dump, lookahead_rows=50))
+    rows = series(gpus=2, steps=12)
+    wishes = replay.Wishes(speed=None, keep_time=True, strict=True)
+    path = write(tmp_path / "series.csv", [row.row() for row in rows])
+    assert await replay.replay(settings, path, wishes) == 0
+    said = capsys.readouterr().err
+    assert f"{path}: sorting it first, as its rows are far from the order of time" in said
+    assert f"{path}: sorted 240 rows in " in said
+    assert "replayed 240 values of 240 rows" in said
+    expected = {(row.time, row.gpu_uuid, row.name, row.value) for row in rows}
+    times = {row.time for row in rows}
+    assert set(values_of(await read(settings, len(times)))) == expected
+
+    # Of a pipe only the first fifty rows are looked at.
+    in_order = sorted(rows, key=lambda row: row.time)
+    late = [row.row() for row in [*in_order[1:-30], in_order[0], *in_order[-30:]]]
+    text = write(tmp_path / "late.csv", late).read_bytes()
+    with piped(text) as pipe:
+        assert await replay.replay(settings, pipe, replace(wishes, strict=False)) == 1
+    said = capsys.readouterr().err
+    assert "sorting" not in said
+    assert f"{pipe}: 1 row: its moment is past (--sort puts any dump in order) (line 211)" in said
+    with piped(text) as pipe:
+        assert await replay.replay(settings, pipe, replace(wishes, sort=True)) == 0
+    assert "sorting it first, as --sort asks for" in capsys.readouterr().err
+    found = values_of(await read(settings, 3 * len(times)))
+    first = in_order[0]
+    missing = (first.time, first.gpu_uuid, first.name, first.value)
+    assert Counter(found) == {value: 3 - (value == missing) for value in expected}
+
+
+async def test_a_loop_on_a_terminal(settings: Settings, tmp_path: Path) -> None:
+    """On a terminal a bar shows the progress of a loop, which goes on faster than life until Ctrl-C ends it."""
+    path = write(tmp_path / "dump.csv", [row.row() for row in values(gpus=1)])
+    options = ("--loop", "--speed", "100x", "--interval", "100ms")
+    shown: list[str] = []
+    with terminal(settings, shown, "replay", path, *options) as process:
+        found = await read(settings, 8)
+        await eventually(lambda: re.search(r"replaying .* [1-9][0-9,]*/\? [0-9,]+/s ", plain(shown)), 20)
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(process.wait, 20) == 130
+    times = [sample.time for _, record in found for sample in record.samples]
+    assert times == sorted(set(times))
+    # Several rounds of four moments each, of 4 s and one average step at a hundred times the speed.
+    sources = [sample.source_time for _, record in found for sample in record.samples]
+    assert sources[:12] == sorted({row.time for row in values(gpus=1)}) * 3
+    assert max(later - earlier for earlier, later in pairwise(times)) < timedelta(seconds=0.02)
+    assert "Traceback" not in "".join(shown)
 
 
 async def test_a_simulated_fleet(settings: Settings, tmp_path: Path) -> None:

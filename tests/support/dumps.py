@@ -2,7 +2,11 @@
 
 import csv
 import itertools
+import os
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -76,6 +80,15 @@ def values(gpus: int = 247, seed: int = 7, rounds: int = 1) -> list[Value]:
     return found
 
 
+def series(gpus: int = 5, steps: int = 24) -> list[Value]:
+    """Return several moments of each series, one series after the other, as Prometheus exports a range."""
+    return [
+        Value(row.time + timedelta(seconds=15 * step), row.metric, row.host, row.index, row.gpu_uuid, step)
+        for row in values(gpus)
+        for step in range(steps)
+    ]
+
+
 def write(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = COLUMNS) -> Path:
     """Write rows as CSV and return the path."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -83,3 +96,21 @@ def write(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = COL
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+@contextmanager
+def piped(text: bytes) -> Iterator[Path]:
+    """Yield the path of a pipe from which the text comes."""
+    reader, writer = os.pipe()
+
+    def feed() -> None:
+        with suppress(BrokenPipeError), open(writer, "wb") as file:
+            file.write(text)
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    try:
+        yield Path(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)
+        thread.join(10)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from millrace import replay
+from millrace.dump_files import DumpFile
 from millrace.dumps import Dump
 from pipeline.errors import ContractError
 from tests.support import dumps
@@ -18,7 +19,7 @@ NOW = datetime(2026, 1, 31, 12, 0, 0, 250_999, tzinfo=UTC)
 
 
 def read(path: Path, **options: Any) -> tuple[Dump, set[tuple[datetime, str, str, str, float]]]:
-    dump = Dump(path, **options)
+    dump = Dump(DumpFile(path), **options)
     found = [
         (moment.time, host, gpu, name, value)
         for moment in dump.moments()
@@ -121,10 +122,10 @@ def test_rows_that_are_no_rows(tmp_path: Path) -> None:
     assert found == as_read(rows[:4] + rows[6:])
     assert dump.blanks == 2
     assert dump.rejects.counts == {
-        "the same metric of the same GPU and moment again": 1, "another number of columns than the first line": 1,
+        "the same metric of the same GPU and moment again": 1, "another number of columns than the header": 1,
     }  # fmt: skip
     past, _ = read(path, lookahead_rows=20)
-    assert past.rejects.counts["its moment is past: sort the dump by time"] == 1
+    assert past.rejects.counts["its moment is past (--sort puts any dump in order)"] == 1
 
 
 def test_unknown_metrics_keep_their_name(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def rows_of_one(*changes: dict[str, str], step: int = 10) -> list[dict[str, str]
 
 
 def xids_of(path: Path) -> list[tuple[int, ...]]:
-    dump = Dump(path)
+    dump = Dump(DumpFile(path))
     found = [r.xids for m in dump.moments() for gpus in m.hosts.values() for r in gpus.values()]
     assert dump.rejects.counts == {}
     return found
@@ -292,7 +293,7 @@ def test_what_is_no_dump(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other"
     path.write_text(text, "latin-1")
     with pytest.raises(ContractError):
-        Dump(path)
+        Dump(DumpFile(path))
 
 
 def test_a_dump_that_was_cut_off(tmp_path: Path) -> None:
@@ -300,6 +301,7 @@ def test_a_dump_that_was_cut_off(tmp_path: Path) -> None:
     path = write(tmp_path / "dump.csv", [row.row() for row in values(gpus=40)])
     path.write_bytes(gzip.compress(path.read_bytes())[:-200])
     dump, found = read(path)
+    assert dump.seems_in_order()
     assert len(found) > 300
     assert [reason.split(":")[0] for reason in dump.rejects.counts] == ["the file ends too early"]
 
@@ -338,7 +340,7 @@ def test_numbers_that_look_like_a_date(tmp_path: Path) -> None:
 
 
 def ticks(path: Path, **wishes: Any) -> replay.Ticks:
-    return replay.Ticks(Dump(path), replay.Wishes(**wishes), NOW, timedelta(days=14))
+    return replay.Ticks(Dump(DumpFile(path)), replay.Wishes(**wishes), NOW, timedelta(days=14))
 
 
 def test_ticks_at_ten_times_the_speed(tmp_path: Path) -> None:
