@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from agents import garbage
+from agents import devices, garbage
 from agents.consumer import Committer, StepApp
 from agents.delivery import Delivered, Delivery
 from agents.site import Site
@@ -43,6 +43,9 @@ STEPS = {
     "record": "agents.record:Record",
     "notify": "agents.notify:Notify",
 }
+
+# They may be given several devices, and then are a process for each.
+ON_SEVERAL_DEVICES = frozenset({"predict"})
 
 # Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.
 LOST_MEMBERSHIP_SECONDS = 180.0
@@ -94,8 +97,22 @@ def load(name: str, settings: Settings) -> Step:
 
 
 def run(name: str, settings: Settings) -> int:
-    """Run a step of the table until SIGTERM or SIGINT; return the exit code."""
-    return run_step(lambda: load(name, settings), settings)
+    """Run a step of the table until SIGTERM or SIGINT; return the exit code.
+
+    Raises:
+        ConfigurationError: several devices are named, and not rightly.
+    """
+
+    def run_one(settings: Settings) -> int:
+        return run_step(lambda: load(name, settings), settings)
+
+    if name not in ON_SEVERAL_DEVICES:
+        return run_one(settings)
+    found = devices.listed(settings.device)
+    if len(found) == 1:
+        return run_one(settings.model_copy(update={"device": found[0]}))
+    logs.configure(settings)
+    return devices.run_each(devices.shares(settings, found), run_one)
 
 
 def leave(code: int) -> NoReturn:

@@ -1,7 +1,6 @@
 """The processes of `millrace up`: which, with what environment and ports, and when they are ready."""
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agents.devices import listed, share_of_cores
 from millrace import ports
 from millrace.output import say
 from millrace.supervisor import ChildSpec
@@ -59,7 +59,11 @@ def parse_replicas(text: str) -> dict[str, int]:
 
 
 def describe_parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
-    """Choose the processes to run, their environment and ports; the settings must have addresses."""
+    """Choose the processes to run, their environment and ports; the settings must have addresses.
+
+    Raises:
+        ConfigurationError: several devices are named, and not rightly.
+    """
     logs = settings.data_dir / "logs"
     stop_seconds = settings.shutdown_grace_seconds + _STOP_MARGIN_SECONDS
     env = {
@@ -77,13 +81,16 @@ def describe_parts(settings: Settings, replicas: dict[str, int]) -> list[Part]:
             f"{_loopback(settings.gateway_host, settings.gateway_port)}/readyz",
         )
     ]
-    counts = {step: replicas.get(step, 1) for step in (*STEPS, *TELEMETRY_STEPS)}
+    devices = listed(settings.device)
+    counts = dict.fromkeys((*STEPS, *TELEMETRY_STEPS), 1) | {"predict": len(devices)} | replicas
     free = iter(_worker_ports(settings.worker_host, sum(counts.values())))
     for step, count in counts.items():
         for number in range(1, count + 1):
             name = step if count == 1 else f"{step}-{number}"
             port = next(free)
             own = env | {f"{PREFIX}WORKER_PORT": str(port)} | _threads(settings, step, count)
+            if step in ("predict", "watch") and devices != (settings.device,):
+                own[f"{PREFIX}DEVICE"] = devices[(number - 1) % len(devices)]
             if step == "predict" and settings.replica is None:
                 # The same after a restart, so that a version of models that kills it is given up in the end.
                 own[f"{PREFIX}REPLICA"] = replica_name(name)
@@ -98,12 +105,7 @@ def _threads(settings: Settings, step: str, count: int) -> dict[str, str]:
     """Share the cores between replicas: each would else use all of them."""
     if step != "predict" or count == 1:
         return {}
-    share = str(max(1, (os.cpu_count() or 1) // count))
-    wanted = {
-        f"{PREFIX}TORCH_THREADS": settings.torch_threads,
-        f"{PREFIX}DECODE_THREADS": settings.decode_threads,
-    }
-    return {name: share for name, value in wanted.items() if value == 0}
+    return {f"{PREFIX}{name.upper()}": str(value) for name, value in share_of_cores(settings, count).items()}
 
 
 def _worker_ports(host: str, count: int) -> Sequence[int]:

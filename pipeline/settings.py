@@ -153,7 +153,11 @@ class Settings(BaseSettings):
     allow_exported_models: bool = Field(
         False, description="Allow models from local .pt2 files, which run code when they are loaded."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        "auto",
+        description="auto, cpu, cuda or cuda:N; several for `predict`, one process each: cuda:0,cuda:1 "
+        "or cuda:all.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Numbers of a forward pass; auto: fewer bits if faster here and as good."
     )

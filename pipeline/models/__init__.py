@@ -53,12 +53,15 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = ConfigurationError(
+        f"MILLRACE_DEVICE: {device!r} is not auto, cpu, cuda or cuda:N (only predict takes several, or cuda:all)"
+    )
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise ConfigurationError(f"MILLRACE_DEVICE: {device!r} is not auto, cpu, cuda or cuda:N") from None
+        raise wrong from None
     if resolved.type not in ("cpu", "cuda"):
-        raise ConfigurationError(f"MILLRACE_DEVICE: {device!r} is not auto, cpu, cuda or cuda:N")
+        raise wrong
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
             f"MILLRACE_DEVICE: {device!r} is not there, torch sees {torch.cuda.device_count()} GPUs"

@@ -21,7 +21,7 @@ class WorkerProcess:
     """One step as a process of its own, with its log in a file."""
 
     def __init__(self, arguments: list[str], environment: Mapping[str, str], log_path: Path) -> None:
-        self.port = ports.find_free()
+        self.port = int(environment.get("MILLRACE_WORKER_PORT", 0)) or ports.find_free()
         self.log_path = log_path
         self._arguments = [sys.executable, *arguments]
         self._environment = {**os.environ, **environment, "MILLRACE_WORKER_PORT": str(self.port)}
