@@ -200,8 +200,13 @@ def test_what_comes_while_paused_is_worked_off_by_many(cluster: ControlPlane, ka
         "k8s", "render", "--kafka", kafka.resolved_kafka, "--rate", "20/s", "--deadline", "2m",
         "--pod-rate", "10/s", "--start", "20s",
     )  # fmt: skip
-    chosen = [each for each in rendered if each["metadata"]["name"].startswith("predict-default")]
-    chosen = [each for each in chosen if each["kind"] in APPLIED]
+    # KEDA reads the variables of the containers that it scales, so their ConfigMaps must be there.
+    chosen = [
+        each
+        for each in rendered
+        if each["kind"] == "ConfigMap"
+        or (each["kind"] in APPLIED and each["metadata"]["name"] == "predict-default")
+    ]
     cluster.kubectl("apply", "--filename=-", stdin=yaml.safe_dump_all(chosen))
     annotate = ("annotate", "scaledobject", "predict-default", "--namespace=millrace")
     cluster.kubectl(*annotate, "autoscaling.keda.sh/paused-replicas=0")
