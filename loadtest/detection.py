@@ -30,9 +30,12 @@ _BEGIN = datetime(2026, 1, 31, tzinfo=UTC)
 _AFTERMATH = timedelta(hours=2)
 _LINES_KEPT = 100
 _HOT = frozenset(
-    {"thermal_margin", "temperature", "temperature_peers", "memory_temperature", "clock_throttle"}
-)
-_SLOW = frozenset({"straggler", "straggler_load", "power_anomaly"})
+    {
+        "thermal_margin", "temperature", "temperature_peers", "memory_temperature", "memory_temperature_peers",
+        "clock_throttle",
+    }
+)  # fmt: skip
+_SLOW = frozenset({"straggler", "straggler_load", "power_anomaly", "clock_drop"})
 #: Which rules mean a fault; of a benign Xid none does.
 MEANT: Mapping[str, frozenset[str]] = {
     "thermal": _HOT,
@@ -66,6 +69,14 @@ class Score(msgspec.Struct, frozen=True):
     median_seen_windows: float | None
 
 
+class Quiet(msgspec.Struct, frozen=True):
+    """Of one kind of event that is nobody's fault."""
+
+    injected: int
+    #: On GPUs that had it: all of them are false.
+    alerts: int
+
+
 class Result(msgspec.Struct, frozen=True):
     """What `docs/benchmarks/telemetry.json` keeps as `detection`."""
 
@@ -74,6 +85,8 @@ class Result(msgspec.Struct, frozen=True):
     median_delay_windows: float
     median_seen_windows: float
     kinds: dict[str, Score]
+    #: Kinds of which no rule may say anything.
+    quiet: dict[str, Quiet]
     healthy_gpu_hours: float
     healthy_alerts: int
     seeds: tuple[int, ...]
@@ -239,6 +252,7 @@ def _result(
                 sum(_kind(alert.rule) in MEANT[kind] for alert in false),
                 options.window_seconds,
             )
+    quiet = {kind: _quiet(kind, outcomes) for kind in plan.kinds if not MEANT[kind]}
     total = _score(faults, len(false), options.window_seconds)
     return Result(
         precision=total.precision,
@@ -246,6 +260,7 @@ def _result(
         median_delay_windows=total.median_delay_windows or 0.0,
         median_seen_windows=total.median_seen_windows or 0.0,
         kinds=kinds,
+        quiet=quiet,
         healthy_gpu_hours=plan.healthy_gpus * plan.healthy_seconds / 3600,
         healthy_alerts=len(healthy),
         seeds=plan.seeds,
@@ -260,6 +275,15 @@ def _result(
         ),
         false=tuple(_line(alert) for alert in [*false, *healthy])[:_LINES_KEPT],
     )
+
+
+def _quiet(kind: str, outcomes: Sequence[Outcome]) -> Quiet:
+    injected = alerts_of = 0
+    for outcome in outcomes:
+        mine = {fault.gpu_uuid for fault, _ in outcome.faults if fault.fault == kind}
+        injected += len(mine)
+        alerts_of += sum(alert.gpu_uuid in mine for alert in outcome.false)
+    return Quiet(injected, alerts_of)
 
 
 def _score(pairs: Sequence[tuple[Injected, Raised | None]], false: int, window_seconds: float) -> Score:

@@ -1,6 +1,7 @@
 """XID errors of a dump: a count that grew, or a gauge of the last code that changed; no I/O.
 
-Give it the moments of a GPU in order of time. What a dump begins with is not news.
+Give it the moments of a GPU in order of time. What a dump begins with is not news; a gauge that comes up later is:
+some exporters show it only once there was an error.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ class GpuXids:
     #: By code: what was scraped together with its count.
     _beside: dict[int, frozenset[str]] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
+    #: A whole scrape has passed: something came twice. Parts of one scrape may have moments of their own.
+    _again: bool = False
     _last: float | None = None
 
     def step(self, values: Mapping[str, float], counts: Mapping[int, int]) -> tuple[int, ...]:
@@ -27,13 +30,15 @@ class GpuXids:
         found: list[int] = []
         if counts or self._counts:
             found += self._grown(values, counts)
+        self._again = self._again or not self._seen.isdisjoint(values)
         self._seen.update(values)
         if counts:
             self._seen.add(COUNT)
         last = values.get("last_xid")
         if last is not None:
             # Where there are counts they tell the same, and repeats, too.
-            if self._last is not None and last != self._last and last and int(last) not in self._counts:
+            before = self._last if self._last is not None or not self._again else 0.0
+            if before is not None and last != before and last and int(last) not in self._counts:
                 found.append(int(last))
             self._last = last
         return tuple(found)

@@ -43,8 +43,18 @@ class Aggregates:
     xid_changes: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def aggregate(plan: Plan, count: int, chunks: Sequence[Chunk], carried: Floats) -> Aggregates:
-    """Aggregate the chunks of `count` GPUs; `carried` (count, K) is the last value of what is carried."""
+def aggregate(
+    plan: Plan, count: int, chunks: Sequence[Chunk], carried: Floats, known: NDArray[np.bool_]
+) -> Aggregates:
+    """Aggregate the chunks of `count` GPUs.
+
+    Args:
+        plan: What the columns mean.
+        count: How many GPUs there are.
+        chunks: Their samples.
+        carried: (count, K) the last value of what is carried.
+        known: (count,) which had samples in an earlier window.
+    """
     found = _empty(plan, count)
     if not chunks:
         return found
@@ -68,7 +78,7 @@ def aggregate(plan: Plan, count: int, chunks: Sequence[Chunk], carried: Floats) 
     last = _edge(values, valid, starts, ends, last=True)
     found.last[where] = last
     _add_shares(plan, found, gpus, columns, values, valid, starts)
-    _add_carried(plan, found, _Sorted(gpus, columns, values, valid, starts, ends, times), carried)
+    _add_carried(plan, found, _Sorted(gpus, columns, values, valid, starts, ends, times), carried, known)
     return found
 
 
@@ -154,7 +164,9 @@ def _add_shares(
         found.share[gpus, index] = held / np.where(number, number, np.nan)
 
 
-def _add_carried(plan: Plan, found: Aggregates, given: _Sorted, carried: Floats) -> None:
+def _add_carried(
+    plan: Plan, found: Aggregates, given: _Sorted, carried: Floats, known_before: NDArray[np.bool_]
+) -> None:
     """Count increases from the last value before the window on; a counter that fell began again at zero."""
     wanted = plan.columns_of(plan.carried)
     kept = [(index, np.flatnonzero(given.columns == column)) for index, column in enumerate(wanted)]
@@ -175,7 +187,9 @@ def _add_carried(plan: Plan, found: Aggregates, given: _Sorted, carried: Floats)
     xid = len(plan.counters)
     for column, index in enumerate(indices):
         if index == xid:
-            events = changed[:, column] & valid[:, column] & ~np.isnan(previous[:, column])
+            first_ever = np.isnan(previous[:, column])
+            events = changed[:, column] & valid[:, column] & ~first_ever
+            events |= _late_firsts(given, values[:, column], first_ever, known_before)
             _add_xids(found, given, values[:, column], events)
             continue
         known = any_valid[:, column]
@@ -195,6 +209,25 @@ def _previous(values: Floats, valid: NDArray[np.bool_], starts: Integers, carrie
     inside = before >= segment
     earlier = np.take_along_axis(values, np.where(inside, before, 0), axis=0)
     return np.where(inside, earlier, np.repeat(carried, sizes, axis=0))
+
+
+def _late_firsts(
+    given: _Sorted, codes: Floats, first_ever: NDArray[np.bool_], known: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Say which first XIDs of a GPU are news: those of one that was sampled before without the field.
+
+    Some exporters show the gauge only once there was an error. Parts of one scrape may have moments of their own,
+    so that within a window a scrape is known to be over when a field of it comes again.
+    """
+    news = np.zeros(len(codes), np.bool_)
+    segment = np.repeat(np.arange(len(given.starts)), np.diff(np.r_[given.starts, len(codes)]))
+    for place in np.flatnonzero(first_ever & (codes > 0)):
+        gpu = segment[place]
+        if not np.isnan(codes[given.starts[gpu] : place]).all():
+            continue
+        before = given.valid[given.starts[gpu] : place + 1].sum(axis=0)
+        news[place] = known[given.gpus[gpu]] or (before > 1).any()
+    return news
 
 
 def _add_xids(found: Aggregates, given: _Sorted, codes: Floats, events: NDArray[np.bool_]) -> None:

@@ -90,7 +90,9 @@ def close_round(
         place[closing.rows] = np.arange(len(closing.rows)) + offset
         chunks += [Chunk(place[c.rows], c.times, c.columns, c.values) for c in closing.window.chunks]
     state = np.concatenate([closing.roster.state[closing.rows] for closing in closings])
-    found = aggregate(plan, int(offsets[-1]), chunks, state[:, plan.layout.carried])
+    layout = plan.layout
+    was_known = ~np.isnan(state[:, layout.last_seen.start])
+    found = aggregate(plan, int(offsets[-1]), chunks, state[:, layout.carried], was_known)
     scores = np.full(len(state), np.nan)
     if model is not None and len(state):
         scores = score_windows(model, found.mean, device)

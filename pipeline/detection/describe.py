@@ -111,10 +111,11 @@ class Describer:
         if clause.compare == "peers" and self._scored.now[place, number]:
             peers = self._peers(place, clause.field)
         seconds = (end - since) / 1e6
+        patience = self._plan.patience[number]
         return Condition(
             rule=rule.name,
             severity=rule.severity,
-            state="firing" if seconds >= rule.for_seconds else "pending",
+            state="firing" if state[layout.held][number] >= patience else "pending",
             since=moment(since),
             for_seconds=rule.for_seconds,
             value=None if math.isnan(value) else value,
@@ -224,12 +225,16 @@ def restore(roster: Roster, windows: Windows) -> None:
 
 def _restore_conditions(roster: Roster, row: int, gpu: GpuWindow, end: int) -> None:
     """Keep at least since when conditions hold, whatever else of the rules has changed."""
-    layout = roster.plan.layout
-    places = {rule.name: number for number, rule in enumerate(roster.plan.rules)}
+    plan, layout = roster.plan, roster.plan.layout
+    places = {rule.name: number for number, rule in enumerate(plan.rules)}
     for condition in gpu.conditions:
         if (number := places.get(condition.rule)) is not None:
             value = math.nan if condition.value is None else condition.value
-            numbers = (microseconds(condition.since), end, value, 0)
-            parts = (layout.since, layout.seen, layout.value, layout.which)
+            since = microseconds(condition.since)
+            held = end - since
+            if condition.state == "firing":
+                held = max(held, plan.patience[number])
+            numbers = (since, held, end, value, 0)
+            parts = (layout.since, layout.held, layout.seen, layout.value, layout.which)
             for part, found in zip(parts, numbers, strict=True):
                 roster.state[row, part.start + number] = found

@@ -1,20 +1,26 @@
-"""The tables of docs/detection.md, from the rules themselves: `python -m pipeline.detection.document`.
+"""The tables of docs/detection.md, from the rules and the kept score: `python -m pipeline.detection.document`.
 
 A test keeps the page current.
 """
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.detection.rules import DERIVED, Clause, Rule, RuleBook, load_rules
 
 PAGE = Path("docs/detection.md")
+#: What `millrace bench-telemetry detection --write` keeps.
+SCORE = Path("docs/benchmarks/telemetry.json")
 _SIGNS = {"value": "", "peers": ", score among peers", "history": ", score against its past"}
 
 
-def render(page: str, book: RuleBook) -> str:
-    """Return the page with its tables brought up to date."""
+def render(page: str, book: RuleBook, score: Mapping[str, Any]) -> str:
+    """Return the page with its tables brought up to date; `score` is what `SCORE` keeps as `detection`."""
     for name, table in (
+        ("score", _score(score)),
         ("rules", _rules(book)),
         ("inputs", _inputs()),
         ("xids", _xids(book)),
@@ -24,6 +30,27 @@ def render(page: str, book: RuleBook) -> str:
         before, _, rest = page.partition(begin)
         page = before + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
     return page
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    rows = [
+        f"| `{name}` | {kind['found']} of {kind['injected']} | {kind['false_alerts']} "
+        f"| {kind['precision']:g} | {kind['recall']:g} | {kind['median_delay_windows']} |"
+        for name, kind in score["kinds"].items()
+    ]
+    rows += [
+        f"| `{name}`: nobody's fault | nothing to find in {kind['injected']} | {kind['alerts']} | | | |"
+        for name, kind in score.get("quiet", {}).items()
+    ]
+    slow = [f"`{name}`" for name, kind in score["kinds"].items() if (kind["median_delay_windows"] or 0) > 2]
+    intro = (
+        f"Rules of version {score['rules_version']}. All kinds: precision {score['precision']:g}, recall "
+        f"{score['recall']:g}, median delay {score['median_delay_windows']:g} windows; "
+        f"{score['healthy_alerts']} alerts in {score['healthy_gpu_hours']:g} hours of healthy GPUs. "
+        f"More than two windows: {', '.join(slow) or 'none'}."
+    )
+    head = "fault | found | false alerts | precision | recall | median delay, windows of a minute"
+    return _table(intro, head, rows)
 
 
 def _rules(book: RuleBook) -> str:
@@ -60,6 +87,8 @@ def _clause(clause: Clause) -> str:
 
 def _patience(rule: Rule) -> str:
     texts = [f"fires after {rule.for_seconds:g} s" if rule.for_seconds else "fires at once"]
+    if rule.for_windows > 1:
+        texts.append(f"{rule.for_windows} windows at least")
     if rule.keep_seconds:
         texts.append(f"stays {rule.keep_seconds:g} s")
     return ", ".join(texts)
@@ -94,5 +123,6 @@ def _table(intro: str, head: str, rows: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(), load_rules()))
+    kept = json.loads(SCORE.read_text())["detection"]
+    PAGE.write_text(render(PAGE.read_text(), load_rules(), kept))
     print(f"{PAGE} is current", file=sys.stderr)

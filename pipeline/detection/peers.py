@@ -24,22 +24,30 @@ def compare(
     values: Tensor, groups: Tensor, absolute: Tensor, relative: Tensor, min_peers: int
 ) -> Peers:  # values (N, P) float64, groups (N,) int64
     """Compare the GPUs of each group with the middle of their group."""
-    median, deviation, count = (torch.full_like(values, torch.nan) for _ in range(3))
+    used = torch.nonzero(~values.isnan().all(dim=0)).squeeze(1)
+    known = values[:, used]  # (N, U): what nobody measures needs no sorting
+    parts = [torch.full_like(known, torch.nan) for _ in range(3)]
     for rows, members in _blocks(groups):
-        block = values[rows.clamp(min=0)]  # (G, M, P)
-        block = (
-            torch.where((rows >= 0).unsqueeze(-1), block, torch.nan).transpose(1, 2).contiguous()
-        )  # (G, P, M)
-        number = (~block.isnan()).sum(-1)  # (G, P)
+        block = known[rows.clamp(min=0)]  # (G, M, U)
+        if not members.all():
+            block = torch.where(members.unsqueeze(-1), block, torch.nan)
+        block = block.transpose(1, 2).contiguous()  # (G, U, M)
+        number = (~block.isnan()).sum(-1)  # (G, U)
         middle = _median(block, number)
         spread = _median((block - middle.unsqueeze(-1)).abs(), number)
-        for target, found in ((median, middle), (deviation, spread), (count, number.to(values.dtype) - 1)):
-            spread_out = found.unsqueeze(1).expand(-1, rows.shape[1], -1)  # (G, M, P)
+        for target, found in zip(parts, (middle, spread, number.to(values.dtype) - 1), strict=True):
+            spread_out = found.unsqueeze(1).expand(-1, rows.shape[1], -1)  # (G, M, U)
             target[rows[members]] = spread_out[members]
-    deviation = torch.maximum(deviation, torch.maximum(absolute, relative * median.abs()))
-    enough = (count >= min_peers) & ~values.isnan()
-    score = torch.where(enough, MAD_SHARE * (values - median) / deviation, torch.nan)
-    return Peers(count, median, deviation, score)
+    median, deviation, count = parts
+    deviation = torch.maximum(deviation, torch.maximum(absolute[used], relative[used] * median.abs()))
+    enough = (count >= min_peers) & ~known.isnan()
+    score = torch.where(enough, MAD_SHARE * (known - median) / deviation, torch.nan)
+    whole = []
+    for part in (count, median, deviation, score):
+        found = torch.full_like(values, torch.nan)
+        found[:, used] = part
+        whole.append(found)
+    return Peers(*whole)
 
 
 def _blocks(groups: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ A plan is made once. Its fingerprint tells state that was written under another 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -25,13 +25,17 @@ class Layout:
     """Where what is remembered of a GPU lies in its row of state; see `score.py`."""
 
     last_seen: slice  # time of its last sample, microseconds
+    closed: slice  # end of its last window
     carried: slice  # last value of every counter
-    hourly: slice  # leaky sum of every counter's increase
-    mean: slice  # own past of every compared field
+    hourly: slice  # increase of counters since the full hour
+    hour_before: slice  # and in the hour before that
+    still: slice  # a temperature that stands, and the least and most power since
+    mean: slice  # own past of every compared field, of windows under load
     variance: slice
     count: slice
     trend: slice  # used memory in the last windows
     since: slice  # of every rule: start of its condition, microseconds; NaN: it does not hold
+    held: slice  # for how long it held since then, microseconds
     seen: slice  # end of the window in which it last held
     value: slice  # what was seen then
     which: slice  # by which clause
@@ -46,9 +50,9 @@ class Plan:
         self.rules: tuple[Rule, ...] = book.rules
         self.window = round(window_seconds * MICROSECONDS)
         clauses = [clause for rule in book.rules for clause in rule.clauses]
-        fields = [clause.field for clause in clauses if clause.field not in DERIVED]
-        fields += [name for rule in book.rules for name in rule.unless_known if name not in DERIVED]
-        extra = dict.fromkeys(name for name in [*fields, *book.comparison.floors] if name not in dcgm.NAMES)
+        names = [clause.field for clause in clauses if clause.field not in DERIVED]
+        names += [name for rule in book.rules for name in rule.unless_known if name not in DERIVED]
+        extra = dict.fromkeys(name for name in [*names, *book.comparison.floors] if name not in dcgm.NAMES)
         self.columns: tuple[str, ...] = (*dcgm.NAMES, *extra)
         self.column = {name: number for number, name in enumerate(self.columns)}
         kinds = {field.name: field.kind for field in dcgm.FIELDS}
@@ -56,6 +60,8 @@ class Plan:
         self.counter = {name: number for number, name in enumerate(self.counters)}
         #: Carried from window to window: counters, and the last XID, of which a change is an event.
         self.carried = (*self.counters, "last_xid")
+        #: Counters of which some rule asks what they grew by in an hour.
+        self.hourly = tuple(dict.fromkeys(c.field for c in clauses if c.statistic == "hourly"))
         masks = [clause.mask for clause in clauses if clause.bits]
         self.masks = tuple(dict.fromkeys([*masks, THERMAL]))
         self.compared = tuple(book.comparison.floors)
@@ -63,6 +69,10 @@ class Plan:
         floors = book.comparison.floors.values()
         self.floor_absolute: NDArray[np.float64] = np.array([floor.absolute for floor in floors])
         self.floor_relative: NDArray[np.float64] = np.array([floor.relative for floor in floors])
+        #: How long each rule must have held before it fires, microseconds.
+        self.patience = tuple(
+            max(round(rule.for_seconds * MICROSECONDS), rule.for_windows * self.window) for rule in book.rules
+        )
         self.layout = self._lay_out()
         self.fingerprint = self._fingerprint()
 
@@ -73,10 +83,11 @@ class Plan:
     def _lay_out(self) -> Layout:
         rules, compared = len(self.rules), len(self.compared)
         widths = {
-            "last_seen": 1, "carried": len(self.carried), "hourly": len(self.counters),
+            "last_seen": 1, "closed": 1, "carried": len(self.carried),
+            "hourly": len(self.hourly), "hour_before": len(self.hourly), "still": 3,
             "mean": compared, "variance": compared, "count": compared, "trend": self.book.comparison.trend_windows,
             # Last, so that nothing is written for rules that do not hold.
-            "since": rules, "seen": rules, "value": rules, "which": rules,
+            "since": rules, "held": rules, "seen": rules, "value": rules, "which": rules,
         }  # fmt: skip
         slices, at = {}, 0
         for name, width in widths.items():
@@ -88,7 +99,8 @@ class Plan:
         """Digest of what the columns of a state mean; not of limits, which may change under a running state."""
         rules = [[rule.name, [_identity(clause) for clause in rule.clauses]] for rule in self.rules]
         trend = self.book.comparison.trend_windows
-        text = msgspec.json.encode([self.window, self.carried, self.compared, trend, rules])
+        parts = [field.name for field in fields(Layout)]
+        text = msgspec.json.encode([self.window, self.carried, self.compared, trend, rules, parts])
         return hashlib.sha256(text).hexdigest()[:12]
 
 

@@ -67,6 +67,8 @@ class Roster:
         self.hosts: list[int] = []
         self.state: NDArray[np.float64] = np.empty((0, plan.layout.width))
         self.last_seen: NDArray[np.int64] = np.empty(0, np.int64)
+        #: Of a GPU whose state was read back 0: it was there before.
+        self.first_seen: NDArray[np.int64] = np.empty(0, np.int64)
         #: Of a row: since and until when an XID's condition holds, by code.
         self.xids: dict[int, dict[int, tuple[int, int]]] = {}
         self.open: dict[int, OpenWindow] = {}
@@ -92,10 +94,10 @@ class Roster:
             return np.array([self.row_of[uuid] for uuid in uuids], np.int64)
         except KeyError:
             fresh = dict.fromkeys(uuid for uuid in uuids if uuid not in self.row_of)
-            self.add([Member(uuid, host) for uuid in fresh], time)
+            self.add([Member(uuid, host) for uuid in fresh], time, time)
         return np.array([self.row_of[uuid] for uuid in uuids], np.int64)
 
-    def add(self, members: list[Member], last_seen: int) -> None:
+    def add(self, members: list[Member], last_seen: int, first_seen: int = 0) -> None:
         """Give members rows with nothing remembered."""
         for member in members:
             self.row_of[member.gpu_uuid] = len(self.members)
@@ -104,6 +106,7 @@ class Roster:
         empty = np.full((len(members), self.plan.layout.width), np.nan)
         self.state = np.vstack([self.state, empty])
         self.last_seen = np.r_[self.last_seen, np.full(len(members), last_seen, np.int64)]
+        self.first_seen = np.r_[self.first_seen, np.full(len(members), first_seen, np.int64)]
 
     def describe(self, gpus: Iterable[telemetry.Gpu]) -> None:
         """Note what a publisher says of GPUs; of those that were seen."""

@@ -28,8 +28,13 @@ DERIVED: dict[str, tuple[str, str]] = {
         "C",
         "degrees left to slowdown: the margin (0 or less: if clocks agree), else slowdown less temperature",
     ),
+    "thermal_violation_ratio": ("", "the share of the time that it was slowed down by heat, by its counter"),
+    "power_moved_watts": (
+        "W",
+        "how far power went up and down while the temperature stood at the very same degree",
+    ),
     "memory_used_ratio": ("", "used memory of all memory"),
-    "power_ratio": ("", "power of the enforced limit"),
+    "power_ratio": ("", "power of the enforced limit, else of what it drew under load in its past"),
     "memory_trend": (
         "",
         "Kendall's tau of used memory over the last windows: 1 grows always, -1 shrinks always",
@@ -87,8 +92,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     any_of: tuple[Clause, ...] = ()
     #: Not applied where one of these is known: a better rule looks at it.
     unless_known: tuple[Name, ...] = ()
+    #: It fires when it held for so long, and in so many windows; gaps that `keep_seconds` bridges do not count.
     for_seconds: NotNegative = 0.0
-    #: It stays so long after it last held: for what is seen once and matters longer.
+    for_windows: Annotated[int, msgspec.Meta(ge=1)] = 1
+    #: It stays so long after it last held: for what comes and goes, or is seen once and matters longer.
     keep_seconds: NotNegative = 0.0
     message: Text
     action: Name
@@ -156,6 +163,10 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     history_weight: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
     #: So many windows before its own past says anything.
     min_history: Annotated[int, msgspec.Meta(ge=2)] = 20
+    #: Windows with less utilization at any moment are not of its past: clocks of an idle GPU say nothing.
+    load_percent: NotNegative = 50.0
+    #: While a condition holds the past stands still, so that a fault does not become the norm; not for longer.
+    hold_history_seconds: Positive = 6 * 3600.0
     #: Windows that a trend is taken over.
     trend_windows: Annotated[int, msgspec.Meta(ge=3, le=60)] = 10
     #: From so much used memory on a GPU counts as allocated.

@@ -161,6 +161,7 @@ class Watch:
             fed.dropped["late"] += int(len(given) - taken.sum())
         self._check_hosts(roster, samples.host, rows, starts, taken, fed)
         np.maximum.at(roster.last_seen, rows, times)
+        np.minimum.at(roster.first_seen, rows, times)
         for start in np.unique(starts[taken]):
             window = self._open(roster, int(start))
             window.tokens[token] = None
@@ -290,7 +291,11 @@ class Watch:
         forget_seconds = self.plan.book.comparison.forget_seconds
         gone = roster.forget(window.start - round(forget_seconds * MICROSECONDS))
         roster.closing.append(window)
-        rows = [row for row, member in enumerate(roster.members) if member is not None]
-        members = [member for member in roster.members if member is not None]
+        # One that came only after this window was not lost in it.
+        there = roster.first_seen < window.start + self.plan.window
+        found = [
+            (row, member) for row, member in enumerate(roster.members) if member is not None and there[row]
+        ]
+        rows, members = [row for row, _ in found], [member for _, member in found]
         hosts = [roster.hosts[row] for row in rows]
         return Closing(roster, window, cause, rows, hosts, members, gone)

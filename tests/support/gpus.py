@@ -1,6 +1,6 @@
 """Samples of a made-up host whose GPUs are healthy but for what a test says."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
 from pipeline.detection import Closed, Watch, close_all
@@ -35,9 +35,9 @@ def uuid(gpu: int, host: str = "node-1") -> str:
 
 def record(
     seconds: float, fault: Fault = healthy, *, gpus: int = 8, host: str = "node-1", every: float = 10.0,
-    count: int = 1,
+    count: int = 1, fields: Collection[str] | None = None,
 ) -> Samples:  # fmt: skip
-    """Return what a host publishes at once: `count` samples of each GPU that end at a moment."""
+    """Return what a host publishes at once: `count` samples of each GPU that end at a moment, or some fields."""
     samples = []
     for number in reversed(range(count)):
         at = seconds - number * every
@@ -45,6 +45,8 @@ def record(
             if (values := fault(gpu, at)) is not None:
                 time = START + timedelta(seconds=at)
                 values = {**HEALTHY, **healthy(gpu, at), **values}
+                if fields is not None:
+                    values = {name: values[name] for name in fields}
                 samples.append(Sample(gpu_uuid=uuid(gpu, host), time=time, values=values))
     return Samples(host=host, samples=tuple(samples))
 
@@ -67,6 +69,18 @@ def conditions(closed: Iterable[Closed]) -> list[tuple[int, str, Condition]]:
         for gpu in window.windows.gpus
         for condition in gpu.conditions
     ]
+
+
+def alerts(closed: Iterable[Closed]) -> dict[str, dict[str, list[int]]]:
+    """Return, by GPU and rule, from which minutes on there were alerts that fired."""
+    found: dict[str, dict[str, list[int]]] = {}
+    begun: set[tuple[str, str, datetime]] = set()
+    for minute, gpu, condition in conditions(closed):
+        key = (gpu, condition.rule, condition.since)
+        if condition.state == "firing" and key not in begun:
+            begun.add(key)
+            found.setdefault(gpu, {}).setdefault(condition.rule, []).append(minute)
+    return found
 
 
 def by_gpu(closed: Iterable[Closed]) -> dict[tuple[str, datetime], GpuWindow]:

@@ -73,7 +73,7 @@ def grows(name: str, since: float, per_minute: float, first: float = 0.0, gpu: i
         (grows("nvlink_replays", 600, 20.0), "nvlink_errors", 10),
         (grows("pcie_replays", 600, 20.0), "pcie_replays", 10),
         (grows("memory_used_mebibytes", 600, 500.0, first=60_000), "memory_leak", 18),
-        (lambda gpu, at: None if gpu == 3 and at >= 600 else {}, "gpu_lost", 10),
+        (lambda gpu, at: None if gpu == 3 and at >= 600 else {}, "gpu_lost", 11),
     ],
 )  # fmt: skip
 def test_a_fault_raises_its_rule_on_its_gpu_alone(fault: Fault, rule: str, minute: int) -> None:
@@ -118,16 +118,17 @@ def test_a_healthy_host_raises_nothing() -> None:
 
 def test_a_condition_ends_beyond_its_clear_limit() -> None:
     """Between limit and clear limit a condition goes on, and it ends once, with one beginning."""
-    margins = {0: 25.0, 5: 2.0, 10: 5.0, 15: 7.0, 20: 5.0}
+    margins = {0: 25.0, 5: 2.0, 10: 5.0, 15: 7.0, 25: 5.0}
 
     def fault(gpu: int, at: float) -> Mapping[str, float]:
         margin = next(value for minute, value in reversed(margins.items()) if at >= minute * 60)
         return {"temperature_margin_celsius": margin} if gpu == 3 else {}
 
     held = conditions(feed(Watch(BOOK), (record(s, fault) for s in range(0, 1800, 10))))
-    assert [minute for minute, _, _ in held] == list(range(5, 15))
+    # Five minutes more: it may come and go.
+    assert [minute for minute, _, _ in held] == list(range(5, 20))
     assert {condition.since for _, _, condition in held} == {START + timedelta(minutes=5)}
-    assert [condition.state for _, _, condition in held] == 10 * ["firing"]
+    assert [condition.state for _, _, condition in held] == 15 * ["firing"]
 
 
 def test_what_was_seen_is_said() -> None:
@@ -147,10 +148,10 @@ def test_what_was_seen_is_said() -> None:
 
 
 def test_few_gpus_are_not_compared() -> None:
-    """With fewer than four peers nobody is called strange."""
+    """With fewer than three peers nobody is called strange."""
     closed = feed(
         Watch(BOOK),
-        (record(s, faulty(0, {"sm_clock_mhz": 900.0}), gpus=4) for s in range(0, 600, 10)),
+        (record(s, faulty(0, {"sm_clock_mhz": 900.0}, gpu=1), gpus=3) for s in range(0, 600, 10)),
     )
     assert all("peers" not in gpu.scores for gpu in by_gpu(closed).values())
     assert conditions(closed) == []
@@ -165,8 +166,8 @@ def test_counters_that_begin_again() -> None:
     watch = Watch(BOOK)
     assert conditions(feed(watch, (record(s, fault) for s in range(0, 900, 10)))) == []
     roster = watch.rosters["node-1"]
-    hourly = roster.state[:, watch.plan.layout.hourly][:, watch.plan.counter["ecc_corrected_volatile"]]
-    assert 1.0 < hourly.min() <= hourly.max() <= 2.0
+    hourly = roster.state[:, watch.plan.layout.hourly][:, watch.plan.hourly.index("ecc_corrected_volatile")]
+    assert hourly.tolist() == 8 * [2.0]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4))
@@ -446,9 +447,11 @@ def test_other_models_are_no_peers() -> None:
 
 
 def test_the_page_of_rules_is_current() -> None:
-    """docs/detection.md has the rules as they are (`python -m pipeline.detection.document`)."""
-    page = (Path(__file__).parents[2] / document.PAGE).read_text()
-    assert document.render(page, BOOK) == page
+    """docs/detection.md has the rules as they are, and the kept score (`python -m pipeline.detection.document`)."""
+    root = Path(__file__).parents[2]
+    page = (root / document.PAGE).read_text()
+    kept = msgspec.json.decode((root / document.SCORE).read_bytes())["detection"]
+    assert document.render(page, BOOK, kept) == page
 
 
 @pytest.mark.parametrize(
@@ -477,7 +480,7 @@ def test_a_wrong_rules_file(text: str, fault: str, tmp_path: Path) -> None:
         ("{field: power_watts, above: 1, clear: 2}", "wrong side"),
         ("{field: power_watts, statistic: increase, above: 1}", "for counters"),
         ("{field: clock_event_reasons, statistic: share, bits: [heat], above: 1}", "no bit heat"),
-        ("{field: fan_speed_percent, compare: peers, above: 1}", "needs a floor"),
+        ("{field: encoder_percent, compare: peers, above: 1}", "needs a floor"),
         ("{field: power_watts, statistic: median, above: 1}", "median"),
     ],
 )

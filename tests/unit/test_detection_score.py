@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
-from loadtest.detection import DetectionPlan, Raised, alerts, count_by_rule, judge, measure
+from loadtest.detection import DetectionPlan, Quiet, Raised, alerts, count_by_rule, judge, measure
 from loadtest.fleet_faults import FAULTS, Injected
 from pipeline.detection import load_rules
 from pipeline.telemetry import Condition, GpuWindow, Windows
@@ -58,7 +58,7 @@ def test_alerts_of_windows() -> None:
 
 
 def test_a_small_fleet_is_judged_rightly() -> None:
-    """One fault of each kind is found, in two windows in the median, and nothing is said of healthy GPUs."""
+    """One fault of each kind is found, in three windows in the median, and nothing is said of healthy GPUs."""
     plan = DetectionPlan(
         seeds=(101,),
         gpus=160,
@@ -71,5 +71,7 @@ def test_a_small_fleet_is_judged_rightly() -> None:
     result = measure(load_rules(), plan)
     assert result.missed == ()
     assert count_by_rule(result.false) == {}
-    assert result.median_delay_windows <= 2
+    # Of so few; the fleets that are reported have nine of each.
+    assert result.median_delay_windows <= 3
+    assert result.quiet == {"xid_benign": Quiet(injected=1, alerts=0)}
     assert sum(kind.injected for kind in result.kinds.values()) == len(FAULTS) - 1

@@ -207,6 +207,18 @@ def test_xid_errors_by_their_gauge(tmp_path: Path) -> None:
     assert xids_of(write(tmp_path / "dump.csv", rows_of_one(*changes))) == [(), (), (79,), (), ()]
 
 
+def test_a_gauge_of_xid_errors_that_comes_up_later(tmp_path: Path) -> None:
+    """An exporter that shows the gauge only after an error tells it then; parts of a scrape may be apart."""
+    xid, clock = ({"metric_name": f"DCGM_FI_DEV_{name}"} for name in ("XID_ERRORS", "SM_CLOCK"))
+    apart = [clock | {"after": "0"}, xid | {"after": "1", "value": "31"}, clock | {"after": "2"}]
+    again = [clock | {"after": "3"}, xid | {"after": "4", "value": "31"}]
+    assert xids_of(write(tmp_path / "old.csv", rows_of_one(*apart, *again))) == 5 * [()]
+    later = [clock, clock, clock | {"after": "2"}, xid | {"after": "2", "value": "79"}, clock]
+    assert xids_of(write(tmp_path / "later.csv", rows_of_one(*later))) == [(), (), (79,), ()]
+    zero_first = [clock, clock, xid | {"value": "0"}, xid | {"value": "79"}]
+    assert xids_of(write(tmp_path / "zero.csv", rows_of_one(*zero_first))) == [(), (), (), (79,)]
+
+
 def test_xid_errors_by_their_counts(tmp_path: Path) -> None:
     """What a count of XID errors grew by are errors, by code; a code that comes up later was not there before."""
     counts = [{"13": 2}, {"13": 2, "79": 1}, {"13": 4, "79": 1}, {}, {"13": 1}]
