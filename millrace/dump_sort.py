@@ -144,7 +144,7 @@ def _explained() -> Iterator[None]:
     except sqlite3.Error as error:
         raise MillraceError(
             f"cannot sort the dump: {error}. It is sorted in the folder that SQLITE_TMPDIR or TMPDIR names, else in"
-            " /var/tmp, and takes about a hundred bytes there for each row"
+            " /var/tmp, and takes about 60 bytes there for each row"
         ) from None
 
 

@@ -61,12 +61,16 @@ async def replay(settings: Settings, path: Path, wishes: Wishes) -> int:
     try:
         # In threads, as who writes to a pipe may take long, and a gzipped dump has to be unpacked for a look at it.
         dump = await asyncio.to_thread(Dump, file, limit=wishes.limit)
+        publisher = Publisher(settings, client_id="millrace-replay", timeout_seconds=PUBLISH_SECONDS)
+        # Before a dump is sorted, which may take minutes: whether there is a broker.
+        await publisher.start(wait=False)
         try:
             if wishes.sort or not await asyncio.to_thread(dump.seems_in_order):
                 await _sort(dump, file, wishes)
-            return await _publish(settings, dump, file, wishes)
+            return await _publish(settings, publisher, dump, file, wishes)
         finally:
             dump.close()
+            await publisher.stop()
     finally:
         file.stop()
 
@@ -80,9 +84,9 @@ async def _sort(dump: Dump, file: DumpFile, wishes: Wishes) -> None:
     say(f"{file}: sorted {counted(dump.rows, 'row')} in {time.monotonic() - began:.1f} s")
 
 
-async def _publish(settings: Settings, dump: Dump, file: DumpFile, wishes: Wishes) -> int:
-    publisher = Publisher(settings, client_id="millrace-replay", timeout_seconds=PUBLISH_SECONDS)
-    await publisher.start(wait=False)
+async def _publish(
+    settings: Settings, publisher: Publisher, dump: Dump, file: DumpFile, wishes: Wishes
+) -> int:
     feed = Feed(settings, publisher, peers=wishes.peers, as_json=wishes.as_json)
     ticks = Ticks(dump, wishes, datetime.now(UTC), timedelta(days=settings.sample_retention_days))
     began = time.monotonic()
@@ -95,7 +99,6 @@ async def _publish(settings: Settings, dump: Dump, file: DumpFile, wishes: Wishe
             raise
         raise expected.exceptions[0] from None
     finally:
-        await publisher.stop()
         _report(file, dump, feed, ticks, time.monotonic() - began)
     if not feed.samples:
         say(f"{file} has nothing that can be replayed")

@@ -46,10 +46,10 @@ def environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def millrace(settings: Settings, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def millrace(settings: Settings, *arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "millrace", *map(str, arguments)],
-        env=environment(settings), text=True, capture_output=True, timeout=60, check=False,
+        env=environment(settings), input=stdin, text=True, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
 
 
@@ -144,11 +144,11 @@ async def test_a_replayed_dump_is_what_a_reader_decodes(settings: Settings, tmp_
 
 
 async def test_peers_across_hosts(settings: Settings, tmp_path: Path) -> None:
-    """With a key of their own the GPUs of all hosts are in one partition; the times may be the dump's."""
+    """With a key of their own the GPUs of all hosts are in one partition; a dump may come from a pipe."""
     rows = values(gpus=17)
     path = write(tmp_path / "dump.csv", [row.row() for row in rows])
     options = ("--speed", "max", "--keep-time", "--peers", "cluster-7", "--json")
-    ran = await asyncio.to_thread(millrace, settings, "replay", path, *options)
+    ran = await asyncio.to_thread(millrace, settings, "replay", "-", *options, stdin=path.read_text())
     assert ran.returncode == 0, ran.stderr
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len({line["partition"] for line in lines}) == 1

@@ -50,6 +50,7 @@ def run(*arguments: str) -> tuple[int, str]:
         "replay LICENSE --speed max",
         "replay LICENSE --interval 0",
         "replay LICENSE --loop --keep-time",
+        "replay - --loop",
         "simulate --speed 10x",
         "simulate --interval soon",
         "simulate --duration 1s",
