@@ -25,9 +25,11 @@ from pipeline.gpu_views import (
     energy_row,
     values_type,
 )
-from pipeline.postgres import QUERIES, Pool
+from pipeline.postgres import QUERIES, Connection, Pool
 from pipeline.telemetry import Condition
 
+# A dump has some ten rows of each GPU a round, each with other fields; a hundred take 1 ms.
+_FIRST_SAMPLES = 100
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 # Shown of every GPU, as nvidia-smi does.
 SHOWN = (
@@ -122,22 +124,21 @@ async def samples(
 ) -> Sequence[Point | Sampled]:
     """Return samples as they were taken, oldest first; without `fields` everything that is known."""
     every = fields is None
-    known = [name for name in (dcgm.NAMES if fields is None else fields) if name in dcgm.PLAIN]
     others = [] if fields is None else [name for name in fields if name not in dcgm.PLAIN]
-    columns = ["other" if every or others else "NULL", "time", "lost", "source_time", "xids", *known]
-    statement = (
-        f"SELECT {', '.join(columns)} FROM gpu_samples WHERE gpu_id = $1 AND time >= $2 AND time <= $3 "
-        "ORDER BY time LIMIT $4"
-    )
+    first = "other" if every or others else "NULL"
     async with pool.transaction() as connection:
-        rows = await connection.fetch(statement, gpu, start, end, limit)
+        if fields is None:
+            known, rows = await _samples_of_all_fields(connection, gpu, start, end, limit)
+        else:
+            known = [name for name in fields if name in dcgm.PLAIN]
+            rows = await connection.fetch(_samples(first, known), gpu, start, end, limit)
     make = values_type(tuple(known))
     return [
         Sampled(time=time, values=make(*numbers), xids=tuple(xids or ()), lost=lost, source_time=source_time)
         if other is None
         else _sample(row, known, None if every else others)
         for row in rows
-        for other, time, lost, source_time, xids, *numbers in (row,)
+        for other, _, time, lost, source_time, xids, *numbers in (row,)
     ]
 
 
@@ -210,6 +211,35 @@ async def energy_of_predictions(pool: Pool, start: datetime, end: datetime) -> t
     return row["predictions"], row["joules"]
 
 
+def _samples(other: str, names: Sequence[str], has_more: str = "NULL") -> str:
+    """Return the statement for samples with these fields, and whether they have more."""
+    return (
+        f"SELECT {', '.join([other, has_more, 'time', 'lost', 'source_time', 'xids', *names])} FROM gpu_samples "
+        "WHERE gpu_id = $1 AND time >= $2 AND time <= $3 ORDER BY time LIMIT $4"
+    )
+
+
+async def _samples_of_all_fields(
+    connection: Connection, gpu: int, start: datetime, end: datetime, limit: int
+) -> tuple[list[str], list[asyncpg.Record]]:
+    """Return which fields samples have, and these: most GPUs lack most, and what is always NULL costs a third.
+
+    What the first samples have is asked for; where a later one has more, everything is read.
+    """
+    everything = _samples("other", dcgm.NAMES)
+    rows = await connection.fetch(everything, gpu, start, end, min(limit, _FIRST_SAMPLES))
+    if len(rows) < _FIRST_SAMPLES or limit <= _FIRST_SAMPLES:
+        return list(dcgm.NAMES), rows
+    known = [name for name in dcgm.NAMES if any(row[name] is not None for row in rows)]
+    absent = ", ".join(name for name in dcgm.NAMES if name not in known)
+    if absent:
+        has_more = f"CASE WHEN num_nonnulls({absent}) > 0 THEN true END AS has_more"
+        found = await connection.fetch(_samples("other", known, has_more), gpu, start, end, limit)
+        if not any(row["has_more"] for row in found):
+            return known, found
+    return list(dcgm.NAMES), await connection.fetch(everything, gpu, start, end, limit)
+
+
 def _latest(fields: Sequence[str]) -> str:
     """Return the statement for the latest values of GPUs $1 last seen at $2, of samples from $6 on, before $7.
 
@@ -260,7 +290,7 @@ def _rollup(names: Sequence[str], source: str | None) -> str:
 
 def _sample(row: asyncpg.Record, known: Sequence[str], wanted: Sequence[str] | None) -> Point:
     """Make a point with fields that are not in the table: all of them, or those that are wanted."""
-    other, time, lost, source_time, xids, *numbers = row
+    other, _, time, lost, source_time, xids, *numbers = row
     values: dict[str, float | Rolled] = {
         name: value for name, value in zip(known, numbers, strict=True) if value is not None
     }

@@ -191,6 +191,21 @@ async def test_samples_come_back_value_for_value(
     assert (await gateway.http.get(where)).json()["samples"] == []  # the last hour
 
 
+@pytest.mark.parametrize("late", [{}, {"fan_speed_percent": 31.0}], ids=["as-before", "another-field"])
+async def test_a_field_that_only_a_late_sample_has(
+    gateway: Gateway, database_of_gpus: TelemetryDatabase, late: dict[str, float]
+) -> None:
+    """Of very many samples each comes with all its fields, those that no earlier one has too."""
+    given = [sample("GPU-1", at / 10, values={"power_watts": float(at)}) for at in range(120)]
+    given += [sample("GPU-1", 13, values={"power_watts": 1.0} | late), sample("GPU-1", 14, values={})]
+    given += [sample("GPU-1", 15, values={"acme:rpm": 7.5, "power_watts": 2.0})]
+    await save(database_of_gpus, "node-1", *given)
+    span = {"start": START.isoformat(), "end": (START + MINUTE).isoformat()}
+    for limit in (50, 1000):
+        found = await pages(gateway.http, "/v1/gpus/GPU-1/telemetry", "samples", **span, limit=limit)
+        assert [each["values"] for page in found for each in page] == [one.values for one in given]
+
+
 async def test_samples_are_rolled_up(gateway: Gateway, database_of_gpus: TelemetryDatabase) -> None:
     """A step below a minute is made from the samples, from the moment that `start` falls into on."""
     await save(database_of_gpus, "node-1", *(sample("GPU-1", each, xids=(31,)) for each in range(0, 60, 5)))
