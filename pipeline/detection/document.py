@@ -40,7 +40,7 @@ def _score(score: Mapping[str, Any]) -> str:
     ]
     rows += [
         f"| `{name}`: nobody's fault | nothing to find in {kind['injected']} | {kind['alerts']} | | | |"
-        for name, kind in score.get("quiet", {}).items()
+        for name, kind in score["quiet"].items()
     ]
     slow = [f"`{name}`" for name, kind in score["kinds"].items() if (kind["median_delay_windows"] or 0) > 2]
     intro = (

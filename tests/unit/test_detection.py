@@ -452,6 +452,7 @@ def test_the_page_of_rules_is_current() -> None:
     page = (root / document.PAGE).read_text()
     kept = msgspec.json.decode((root / document.SCORE).read_bytes())["detection"]
     assert document.render(page, BOOK, kept) == page
+    assert kept["rules_version"] == BOOK.version
 
 
 @pytest.mark.parametrize(
