@@ -116,15 +116,17 @@ class _Pass:
     def _rule(self, index: int, rule: Rule) -> Tensor:
         """Bring a rule's condition up to date in the state; return where it held in this window."""
         columns = [part.start + index for part in self.parts]
-        active = ~self.state[:, columns[0]].isnan()
-        met = self._evaluate(rule, active, is_active=self.is_active[index])
+        since, held, seen, value, clause = (self.state[:, column] for column in columns)
+        met = self._evaluate(rule, ~since.isnan() if self.is_active[index] else None)
         holds = met.holds
         if not self.is_active[index] and not holds.any():
             return holds
-        since, held, seen, value, clause = (self.state[:, column] for column in columns)
+        active = ~since.isnan()
         shown, which = met.shown()
         comparison = self.plan.book.comparison
-        patience = torch.where(met.known, rule.keep_seconds, max(rule.keep_seconds, comparison.stale_seconds))
+        patience = torch.where(
+            met.known(), rule.keep_seconds, max(rule.keep_seconds, comparison.stale_seconds)
+        )
         kept = active & ~holds & (self.ends - seen <= patience * MICROSECONDS)
         stays = holds | kept
         # Where it held in the window before, the time between the two is of it too.
@@ -141,19 +143,21 @@ class _Pass:
             self.state[:, column] = torch.where(stays, new, torch.nan)
         return holds
 
-    def _evaluate(self, rule: Rule, active: Tensor, *, is_active: bool) -> "_Met":
-        """Say where a rule holds; of one that already holds somewhere, clear limits count there."""
+    def _evaluate(self, rule: Rule, active: Tensor | None) -> "_Met":
+        """Say where a rule holds; where it already does, if it does anywhere, clear limits count."""
         met = _Met(alternatives=len(rule.any_of))
         for clause in rule.clauses:
             value, display = self._values(clause)
             limit: Tensor | float = clause.limit
-            if is_active and clause.clear is not None:
+            if active is not None and clause.clear is not None:
                 limit = torch.where(active, clause.clear, clause.limit)
-            met.add(value > limit if clause.above is not None else value < limit, value.isnan(), display)
-        met.combine()
-        for name in rule.unless_known:
-            better = self.derived[name] if name in self.derived else self.inputs.field(name)
-            met.holds, met.known = met.holds & better.isnan(), met.known | ~better.isnan()
+            met.add(value > limit if clause.above is not None else value < limit, value, display)
+        met.combine(
+            [
+                self.derived[name] if name in self.derived else self.inputs.field(name)
+                for name in rule.unless_known
+            ]
+        )
         return met
 
 
@@ -163,27 +167,40 @@ class _Met:
     def __init__(self, alternatives: int) -> None:
         self._alternatives = alternatives
         self._true: list[Tensor] = []
-        self._missing: list[Tensor] = []
+        self._values: list[Tensor] = []
         self._display: list[Tensor] = []
-        self.holds = self.known = torch.empty(0)
+        self._trues = torch.empty(0)
+        self._better: list[Tensor] = []
+        self.holds = torch.empty(0)
 
-    def add(self, true: Tensor, missing: Tensor, display: Tensor) -> None:
-        """Note one clause."""
+    def add(self, true: Tensor, value: Tensor, display: Tensor) -> None:
+        """Note one clause, what it compares, and what a person sees."""
         self._true.append(true)
-        self._missing.append(missing)
+        self._values.append(value)
         self._display.append(display)
 
-    def combine(self) -> None:
-        """Find where the rule holds, and where that is known."""
+    def combine(self, better: list[Tensor]) -> None:
+        """Find where the rule holds: not where something better is known."""
         number = self._alternatives
-        true, missing = list(self._true[number:]), list(self._missing[number:])
+        true = self._true[number:]
         if number:
-            true.append(torch.stack(self._true[:number]).any(dim=0))
-            missing.append(torch.stack(self._missing[:number]).all(dim=0))
-        trues, missings = torch.stack(true), torch.stack(missing)
-        self.holds = trues.all(dim=0)
-        denied = (~trues & ~missings).any(dim=0)
-        self.known = denied | ~missings.any(dim=0)
+            true = [*true, torch.stack(self._true[:number]).any(dim=0)]
+        self._trues, self._better = torch.stack(true), better
+        self.holds = self._trues.all(dim=0)
+        for known in better:
+            self.holds = self.holds & known.isnan()
+
+    def known(self) -> Tensor:
+        """Return where it is known whether the rule holds."""
+        number = self._alternatives
+        missing = [value.isnan() for value in self._values[number:]]
+        if number:
+            missing.append(torch.stack([value.isnan() for value in self._values[:number]]).all(dim=0))
+        missings = torch.stack(missing)
+        known = (~self._trues & ~missings).any(dim=0) | ~missings.any(dim=0)
+        for better in self._better:
+            known = known | ~better.isnan()
+        return known
 
     def shown(self) -> tuple[Tensor, Tensor]:
         """Return what a person sees, and by which clause: the first one that is true."""
