@@ -53,7 +53,7 @@ def aggregate(
         count: How many GPUs there are.
         chunks: Their samples.
         carried: (count, K) the last value of what is carried.
-        known: (count,) which had samples in an earlier window.
+        known: (count,) which had samples before, and not only in the window before this one.
     """
     found = _empty(plan, count)
     if not chunks:
@@ -217,7 +217,7 @@ def _late_firsts(
     """Say which first XIDs of a GPU are news: those of one that was sampled before without the field.
 
     Some exporters show the gauge only once there was an error. Parts of one scrape may have moments of their own,
-    so that within a window a scrape is known to be over when a field of it comes again.
+    so that a scrape is known to be over when a field of it comes again, or after the next window's end.
     """
     news = np.zeros(len(codes), np.bool_)
     segment = np.repeat(np.arange(len(given.starts)), np.diff(np.r_[given.starts, len(codes)]))

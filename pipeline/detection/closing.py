@@ -91,7 +91,9 @@ def close_round(
         chunks += [Chunk(place[c.rows], c.times, c.columns, c.values) for c in closing.window.chunks]
     state = np.concatenate([closing.roster.state[closing.rows] for closing in closings])
     layout = plan.layout
-    was_known = ~np.isnan(state[:, layout.last_seen.start])
+    starts = np.repeat([closing.window.start for closing in closings], sizes)
+    # In the window after its first one the first scrape of a GPU may still go on.
+    was_known = state[:, layout.first_seen.start] < starts - plan.window
     found = aggregate(plan, int(offsets[-1]), chunks, state[:, layout.carried], was_known)
     scores = np.full(len(state), np.nan)
     if model is not None and len(state):
@@ -101,7 +103,7 @@ def close_round(
         model=scores,
         state=state,
         groups=_groups(closings),
-        starts=np.repeat([closing.window.start for closing in closings], sizes),
+        starts=starts,
         ends=np.repeat([closing.end for closing in closings], sizes),
         assigned=np.array([m.is_assigned for closing in closings for m in closing.members], np.bool_),
         lost=np.concatenate(

@@ -18,6 +18,8 @@ Tensor = torch.Tensor
 _TREND_DEADBAND = 1.0
 # Shares of all memory by which GPUs of one job differ at most: its own from the middle, and the others among them.
 _ALIKE_OWN, _ALIKE_PEERS = 0.05, 0.03
+# Samples of a window whose temperature is believed to stand: fewer may be alike by chance.
+_MIN_STANDING = 3
 _HOUR = 3600.0 * MICROSECONDS
 
 
@@ -55,12 +57,14 @@ class Inputs:
         }  # fmt: skip
         self._increase = tensor(found.increase)  # (N, C)
         self._share = tensor(found.share)  # (N, M)
+        self._count = tensor(found.count)  # (N, F)
         self._last_time = tensor(found.last_time).double()
         self.present = tensor(found.samples > 0)
         #: End of each GPU's window before this one; NaN: there is none.
         self.closed_before = state[:, plan.layout.closed.start].clone()
-        # Of one that was not there for a while this is longer than its window.
-        self._elapsed = torch.where(self.closed_before.isnan(), plan.window, ends - self.closed_before)
+        # Counters grew since the last sample; of a GPU that was away that is longer than its window.
+        seen = state[:, plan.layout.last_seen.start].clone()
+        self._elapsed = torch.where(seen.isnan(), plan.window, self._last_time - seen)
         self._hourly = torch.empty(0)
 
     def compared(self) -> Tensor:
@@ -98,6 +102,8 @@ class Inputs:
     def carry(self) -> None:
         """Remember counters, their sums, temperatures that stand, and the last windows of used memory."""
         plan, layout, state = self._plan, self._plan.layout, self._state
+        at = layout.first_seen.start
+        state[:, at] = torch.where(state[:, at].isnan() & self.present, self._starts, state[:, at])
         at = layout.last_seen.start
         state[:, at] = torch.where(self.present, self._last_time, state[:, at])
         state[:, layout.closed.start] = self._ends
@@ -127,17 +133,19 @@ class Inputs:
         self._hourly = now + before * within.unsqueeze(1)
 
     def _carry_still(self) -> None:
-        """Note the least and most power of the windows since the temperature last moved."""
+        """Note between which powers whole windows lay since the temperature last moved: heat is slow."""
         part = self._plan.layout.still
-        temperature, power = self.field("temperature_celsius"), self.field("power_watts")
+        temperature = self.field("temperature_celsius")
+        below, above = self.field("power_watts", "maximum"), self.field("power_watts", "minimum")
         stands = self.field("temperature_celsius", "minimum") == self.field("temperature_celsius", "maximum")
+        stands &= self._count[:, self._plan.column["temperature_celsius"]] >= _MIN_STANDING
         degree, least, most = self._state[:, part].unbind(1)
         goes_on = stands & (temperature == degree)
         now = torch.stack(
             [
                 torch.where(stands, temperature, torch.nan),
-                torch.where(goes_on, torch.fmin(least, power), power),
-                torch.where(goes_on, torch.fmax(most, power), power),
+                torch.where(goes_on, torch.fmin(least, below), below),
+                torch.where(goes_on, torch.fmax(most, above), above),
             ],
             dim=1,
         )
@@ -162,7 +170,7 @@ class Inputs:
             # Nanoseconds of microseconds.
             "thermal_violation_ratio": self.increase("thermal_violation_nanoseconds")
             / (1000.0 * self._elapsed),
-            "power_moved_watts": torch.where(stood == 0, most - least, 0.0 * stood),
+            "power_moved_watts": torch.where(stood == 0, (most - least).clamp(min=0.0), 0.0 * stood),
             "memory_used_ratio": used / total,
             "power_ratio": self.field("power_watts") / self._full_power(),
             "busy_percent": busy,

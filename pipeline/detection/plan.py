@@ -24,12 +24,13 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Layout:
     """Where what is remembered of a GPU lies in its row of state; see `score.py`."""
 
-    last_seen: slice  # time of its last sample, microseconds
+    first_seen: slice  # start of the first window that had samples of it, microseconds
+    last_seen: slice  # time of its last sample
     closed: slice  # end of its last window
     carried: slice  # last value of every counter
     hourly: slice  # increase of counters since the full hour
     hour_before: slice  # and in the hour before that
-    still: slice  # a temperature that stands, and the least and most power since
+    still: slice  # a temperature that stands, the least maximum of power since, and the greatest minimum
     mean: slice  # own past of every compared field, of windows under load
     variance: slice
     count: slice
@@ -83,7 +84,7 @@ class Plan:
     def _lay_out(self) -> Layout:
         rules, compared = len(self.rules), len(self.compared)
         widths = {
-            "last_seen": 1, "closed": 1, "carried": len(self.carried),
+            "first_seen": 1, "last_seen": 1, "closed": 1, "carried": len(self.carried),
             "hourly": len(self.hourly), "hour_before": len(self.hourly), "still": 3,
             "mean": compared, "variance": compared, "count": compared, "trend": self.book.comparison.trend_windows,
             # Last, so that nothing is written for rules that do not hold.

@@ -31,7 +31,7 @@ DERIVED: dict[str, tuple[str, str]] = {
     "thermal_violation_ratio": ("", "the share of the time that it was slowed down by heat, by its counter"),
     "power_moved_watts": (
         "W",
-        "how far power went up and down while the temperature stood at the very same degree",
+        "how far power went up and down between windows while the temperature stood at the very same degree",
     ),
     "memory_used_ratio": ("", "used memory of all memory"),
     "power_ratio": ("", "power of the enforced limit, else of what it drew under load in its past"),

@@ -1,6 +1,6 @@
 """Faults that the generator does not have, made by hand: each raises what it should, once, and nothing else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 
@@ -95,14 +95,15 @@ def test_a_last_xid_that_comes_up_later_is_an_error() -> None:
     assert xids(record(s, always) for s in range(0, 300, 10)) == set()
 
 
-def test_parts_of_the_first_scrape_may_be_apart() -> None:
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (58, 62)])
+def test_parts_of_the_first_scrape_may_be_apart(first: int, second: int) -> None:
     """A gauge that comes a moment after the other fields of the same scrape was there from the beginning."""
     steps = [
-        (0, ["power_watts"]),
-        (1, ["last_xid"]),
-        (10, ["power_watts"]),
-        (11, ["last_xid"]),
-        (90, ["power_watts"]),
+        (first, ["power_watts"]),
+        (second, ["last_xid"]),
+        (first + 10, ["power_watts"]),
+        (second + 10, ["last_xid"]),
+        (first + 150, ["power_watts"]),
     ]
     old: Fault = lambda gpu, at: {"last_xid": 79.0}  # noqa: E731
     assert xids(record(s, old, fields=fields) for s, fields in steps) == set()
@@ -178,6 +179,22 @@ def test_another_job_is_no_fault(values: Mapping[str, float]) -> None:
     assert small_dump(everyone(30, values), 60) == {}
 
 
+@pytest.mark.parametrize("who", [one, everyone])
+def test_heavier_kernels_are_no_power_cap(who: Callable[[int, Mapping[str, float]], Fault]) -> None:
+    """At an unchanged limit lower clocks at more power are the job's, of all GPUs or of one among lighter jobs."""
+    heavier = {"sm_clock_mhz": 1500.0, "power_watts": 690.0, "memory_used_mebibytes": 40_000.0}
+    assert run(who(15, heavier), 25) == {}
+
+
+@pytest.mark.parametrize("who", [one, everyone])
+def test_a_power_limit_that_was_set_low(who: Callable[[int, Mapping[str, float]], Fault]) -> None:
+    """A lower limit shows among peers, and where all have it against the past."""
+    found = run(who(15, {"power_limit_watts": 400.0, "power_watts": 400.0, "sm_clock_mhz": 1300.0}), 25)
+    assert {gpu: rules.get("power_cap") for gpu, rules in found.items()} == {
+        gpu: [15] for gpu in ({uuid(3)} if who is one else ALL)
+    }
+
+
 def test_the_fan_runs_and_nothing_is_hot() -> None:
     """A fan at full speed for the same power and temperature is told."""
     assert small_dump(one(30, {"fan_speed_percent": 95.0}), 60) == {uuid(3): {"fan_ramp": [34]}}
@@ -215,6 +232,11 @@ def test_busy_and_drawing_nothing(fields: str) -> None:
     assert {gpu: rules.get("hung") for gpu, rules in found.items()} == {gpu: [34] for gpu in ALL}
 
 
+def test_light_kernels_are_not_hung() -> None:
+    """Small kernels draw little too, but leave gaps; one that waits for ever leaves none."""
+    assert run(everyone(2, {"utilization_percent": 97.0, "power_watts": 110.0}), 12, gpus=1) == {}
+
+
 def test_a_temperature_that_does_not_move() -> None:
     """A sensor that says the same while power goes up and down is told; at the same power it may say the same."""
 
@@ -229,6 +251,24 @@ def test_a_temperature_that_does_not_move() -> None:
 
     assert small_dump(phases, 40) == {uuid(3): {"temperature_stuck": [7]}}
     assert small_dump(everyone(0, {"temperature_celsius": 62.0}), 40) == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "watts"),
+    [
+        (60, (300.0, 600.0)),  # one sample a window
+        (30, (300.0, 300.0, 600.0, 600.0)),  # two
+        (20, (200.0, 700.0, 700.0, 200.0, 200.0, 700.0)),  # means that move, of bursts in every window
+    ],
+)
+def test_a_temperature_of_few_samples_does_not_stand(seconds: int, watts: tuple[float, ...]) -> None:
+    """Few readings may be the same by chance, and within a window power is faster than heat."""
+
+    def bursts(gpu: int, at: float) -> Mapping[str, float]:
+        return {"temperature_celsius": 62.0, "power_watts": watts[int(at) // seconds % len(watts)]}
+
+    records = (record(s, bursts, gpus=1) for s in range(0, 900, seconds))
+    assert alerts(feed(Watch(BOOK), records)) == {}
 
 
 @pytest.mark.parametrize(
@@ -251,3 +291,14 @@ def test_heat_by_its_counter() -> None:
     name = "thermal_violation_nanoseconds"
     slowed: Fault = lambda gpu, at: {name: max(0.0, at - 600) * 5e8 if gpu == 3 else 0.0}  # noqa: E731
     assert run(slowed, 20) == {uuid(3): {"clock_throttle": [10]}}
+
+
+def test_heat_while_a_gpu_was_away() -> None:
+    """A minute of heat that the counter tells after ten minutes without samples is a tenth of them."""
+
+    def away(gpu: int, at: float) -> Mapping[str, float] | None:
+        if gpu == 1 and 300 <= at < 900:
+            return None
+        return {"thermal_violation_nanoseconds": 6e10 if gpu == 1 and at >= 900 else 0.0}
+
+    assert run(away, 20, gpus=2) == {uuid(1): {"gpu_lost": [6]}}
