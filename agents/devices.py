@@ -15,8 +15,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-import structlog
-
 from pipeline import logs
 from pipeline.deployments import replica_name
 from pipeline.errors import EXIT_CONFIGURATION, EXIT_FATAL, ConfigurationError
@@ -131,7 +129,7 @@ def _be_a_child(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: os._exit(0))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        structlog.contextvars.bind_contextvars(device=settings.device)
+        logs.name_process(device=settings.device)
         code = run(settings)
     except BaseException:
         traceback.print_exc()
@@ -149,6 +147,7 @@ def _wait(running: dict[int, Settings], grace_seconds: float) -> int:
 
     while running:
         number = signal.sigwait(_WATCHED)
+        is_asked = number in (signal.SIGTERM, signal.SIGINT)  # a terminal asks the children, too
         if number == signal.SIGALRM:
             log.critical(
                 "not ended within the grace period", devices=[one.device for one in running.values()]
@@ -157,7 +156,7 @@ def _wait(running: dict[int, Settings], grace_seconds: float) -> int:
             continue
         for child, ended in _ended(running):
             settings = running.pop(child)
-            if ended == 0 and is_stopping:
+            if ended == 0 and (is_stopping or is_asked):
                 continue
             code = code or (EXIT_CONFIGURATION if ended == EXIT_CONFIGURATION else EXIT_FATAL)
             if ended != EXIT_CONFIGURATION:  # it has said in a line what is wrong

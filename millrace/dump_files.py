@@ -113,7 +113,7 @@ class DumpFile:
             positions: Iterable[int] = itertools.count(0, stride)
             if size is not None:
                 # And what somebody appended.
-                positions = [*range(0, size, stride), max(0, size - int(4 * row_bytes))]
+                positions = sorted({*range(0, size, stride), max(0, size - int(4 * row_bytes))})
             for position in positions:
                 if rows is not None and position > rows * row_bytes:
                     break

@@ -6,6 +6,7 @@ Call `configure` once per process. Context that holds for a whole task is bound 
 
 import logging
 import sys
+from typing import Any
 
 import structlog
 
@@ -24,9 +25,20 @@ _QUIET = {
 }
 
 
+# On every line of this process. A context variable would be missing in threads, which start without any.
+_context: dict[str, str] = {}
+
+
+def name_process(**context: str) -> None:
+    """Put this on every line from now on."""
+    _context.update(context)
+
+
 def configure(settings: Settings, **context: str) -> None:
     """Set up structlog and the standard library's logging; `context` goes on every line."""
+    name_process(**context)
     shared: list[structlog.typing.Processor] = [
+        _add_context,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -56,7 +68,10 @@ def configure(settings: Settings, **context: str) -> None:
     root.setLevel(settings.log_level.upper())
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
-    structlog.contextvars.bind_contextvars(**context)
+
+
+def _add_context(logger: Any, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {**_context, **event}
 
 
 def get(name: str) -> structlog.stdlib.BoundLogger:

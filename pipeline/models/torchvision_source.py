@@ -7,6 +7,7 @@ reads the weights: it would unpickle whatever their file holds.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -159,7 +160,8 @@ class _Detector(nn.Module):
         network.transform.resize = _as_it_is
         for name, module in network.named_modules():
             if name in _HEADS:
-                module.register_forward_hook(self._hear)
+                # Not a method: a network that refers to what holds it is not freed when another takes over.
+                module.register_forward_hook(partial(_hear, self._heard))
 
     def forward(self, pictures: Tensor | list[Tensor]) -> list[dict[str, Tensor]]:
         self._heard.clear()
@@ -167,8 +169,9 @@ class _Detector(nn.Module):
         is_finite = torch.stack(self._heard).all()  # () bool
         return [{**each, "is_finite": is_finite} for each in found]
 
-    def _hear(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._heard += [numbers.isfinite().all() for numbers in _tensors(output)]
+
+def _hear(heard: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
+    heard += [numbers.isfinite().all() for numbers in _tensors(output)]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
