@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint unit bench soak cluster-check kube-score rights images asyncapi manifests dashboards requirements clean
+.PHONY: help run test check lint unit bench soak bench-check cluster-check kube-score rights images asyncapi manifests dashboards requirements clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -19,7 +19,7 @@ run: $(READY) ## Run everything on this machine; make run ARGS=--once ends after
 	@$(BIN)/millrace up $(ARGS)
 
 test: $(READY) ## Run all tests against real Kafka and PostgreSQL; ARGS go to pytest
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint unit ## Format, lint, types, imports, unit tests
 
@@ -52,6 +52,9 @@ kube-score: $(READY) ## Have kube-score look at the manifests; each exception is
 
 rights: $(READY) ## Take each right of each Kafka user away in turn, and see that something fails; USERS=store,watch for some
 	@MILLRACE_TEST_EVERY_RIGHT=$(or $(USERS),all) $(BIN)/python -m pytest tests/e2e/test_rights.py -k spared --capture=no $(ARGS)
+
+bench-check: $(READY) ## Run the tests of all measuring commands, the long ones too
+	@MILLRACE_TEST_BENCHES=1 $(BIN)/python -m pytest tests/e2e/test_measuring.py $(ARGS)
 
 asyncapi: $(READY) ## Write docs/asyncapi.json from the topic table and the event types
 	@$(BIN)/python -m pipeline.asyncapi > docs/asyncapi.json

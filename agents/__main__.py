@@ -11,6 +11,9 @@ def main() -> int:
     # does not handle: a pod that is stopped while it starts would stay until it is killed. Nothing was begun yet.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
+    from agents import garbage
+
+    garbage.pause()
     from agents.app import STEPS, run
     from pipeline import settings
     from pipeline.errors import EXIT_CONFIGURATION, ConfigurationError

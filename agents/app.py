@@ -137,7 +137,9 @@ def run_step(make: Callable[[], Step], settings: Settings) -> int:
 
 
 async def _run(make: Callable[[], Step], settings: Settings) -> int:
-    return await Worker(make(), settings).run()
+    step = make()
+    garbage.resume()
+    return await Worker(step, settings).run()
 
 
 class Worker:

@@ -1,5 +1,7 @@
 """The measuring commands measure: short runs of each against a stack of their own."""
 
+import os
+
 import msgspec
 import pytest
 
@@ -9,6 +11,10 @@ from pipeline import settings
 from pipeline.errors import ConfigurationError
 
 pytestmark = pytest.mark.timeout(300)
+
+takes_minutes = pytest.mark.skipif(
+    "MILLRACE_TEST_BENCHES" not in os.environ, reason="takes minutes: `make bench-check` runs it"
+)
 
 
 def test_bench_measures_the_spine_and_the_loops(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +33,7 @@ def test_bench_measures_the_spine_and_the_loops(capsys: pytest.CaptureFixture[st
     assert found.online.lost == 0
 
 
+@takes_minutes
 def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.CaptureFixture[str]) -> None:
     """Each part has its numbers, they agree with each other, and the swap has lost and repeated nothing."""
     plan = engine_results.Plan(
@@ -73,6 +80,7 @@ def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.C
     assert found.depth.ratio_of_deep > 0
 
 
+@takes_minutes
 def test_soak_watches_every_process_and_accounts(capsys: pytest.CaptureFixture[str]) -> None:
     """A soak has looked at each process, and every picture has ended as a result or a dead letter."""
     plan = soak.Plan(seconds=8.0, pictures=12, sample_seconds=1.0)

@@ -20,6 +20,7 @@ class Ring:
 def thawed() -> Iterator[None]:
     """Leave nothing apart for other tests."""
     yield
+    gc.enable()
     gc.unfreeze()
 
 
@@ -43,6 +44,23 @@ def test_what_is_loaded_is_not_looked_at_until_it_is_replaced() -> None:
     frozen = gc.get_freeze_count()
     gc.collect()
     assert gc.get_freeze_count() <= frozen, "once for each replacement"
+
+
+def test_nothing_is_collected_while_a_step_is_imported() -> None:
+    """What was made meanwhile is left alone for good; what comes after it is collected as ever."""
+    garbage.pause()
+    assert not gc.isenabled()
+    loaded = Ring()
+    seen = weakref.ref(loaded)
+    garbage.resume()
+    assert gc.isenabled()
+    del loaded
+    later = Ring()
+    seen_later = weakref.ref(later)
+    del later
+    gc.collect()
+    assert seen() is not None
+    assert seen_later() is None
 
 
 def test_garbage_that_is_there_goes() -> None:
