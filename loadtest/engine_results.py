@@ -96,7 +96,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     online_at_40_percent: Online
     online_at_80_percent: Online
     #: At 80 % of what the pipeline itself does offline, with the driver and the broker on the same cores.
-    online_at_80_percent_of_own: Online
+    online_at_80_percent_of_own: Online | None = None
 
     @property
     def at_each_rate(self) -> tuple[Online, ...]:
@@ -107,7 +107,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
             self.online_at_80_percent,
             self.online_at_80_percent_of_own,
         )
-        return tuple({online.images_per_second: online for online in sorted(found, key=_rate)}.values())
+        known = sorted((online for online in found if online is not None), key=_rate)
+        return tuple({online.images_per_second: online for online in known}.values())
 
 
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,9 +169,14 @@ class Depth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole benchmark; parts that were left out are absent."""
+    """The benchmark; parts that were left out are absent, or were measured before, as `commits` says.
+
+    What stands beside `commits` is of the newest run.
+    """
 
     commit: str | None
+    #: By model for `speed`, by name for the other parts.
+    commits: dict[str, str | None] = {}
     machine: Machine
     seed: int
     circumstances: Circumstances
@@ -180,6 +186,22 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     swap: Swap | None = None
     depth: Depth | None = None
     others_busy_cores: float | None = None
+
+
+def merged(kept: Result, new: Result) -> Result:
+    """Return a result with what it left out as it was measured before."""
+    parts = {
+        part: getattr(new, part) if getattr(new, part) is not None else getattr(kept, part)
+        for part in ("backlog", "swap", "depth")
+    }
+    return msgspec.structs.replace(
+        new, models=kept.models | new.models, commits=_commits(kept) | _commits(new), **parts
+    )
+
+
+def _commits(result: Result) -> dict[str, str | None]:
+    there = [*result.models, *(part for part in PARTS[1:] if getattr(result, part) is not None)]
+    return dict.fromkeys(there, result.commit) | result.commits
 
 
 def _rate(online: Online) -> float:

@@ -69,11 +69,12 @@ def run_bench(settings: Settings, plan: results.Plan, *, as_json: bool, write: b
 
 
 def run_engine(settings: Settings, plan: engine_results.Plan, *, as_json: bool, write: bool) -> int:
-    """Measure the engine with one `predict` worker for each model; return the exit code."""
+    """Measure the engine with one `predict` worker for each model; return the exit code.
+
+    The file keeps what is not measured.
+    """
     circumstances, others = report.Circumstances.now(os.getloadavg()[0]), report.Others()
     _check_folder(write)
-    if write and set(plan.parts) != set(engine_results.PARTS):
-        raise ConfigurationError("--write keeps whole runs: leave --parts out")
     result = engine_results.Result(
         commit=circumstances.commit,
         machine=circumstances.machine,
@@ -92,7 +93,11 @@ def run_engine(settings: Settings, plan: engine_results.Plan, *, as_json: bool, 
                 loading = engine_load.LoadBench(stack.settings, plan, url, say=say)
                 result = asyncio.run(loading.run(result))
     result = msgspec.structs.replace(result, others_busy_cores=others.busy_cores())
-    _give(result, engine_results.rows(result), as_json, KEPT / "engine.json" if write else None)
+    rows, kept = engine_results.rows(result), KEPT / "engine.json"
+    if write and kept.exists():
+        before = msgspec.json.decode(kept.read_bytes(), type=engine_results.Result)
+        result = engine_results.merged(before, result)
+    _give(result, rows, as_json, kept if write else None)
     return 0
 
 

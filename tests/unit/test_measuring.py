@@ -3,13 +3,15 @@ import itertools
 import random
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import engine_load, faults, meter, results, soak
+from loadtest import engine_load, engine_results, faults, meter, results, soak
 from loadtest.drive import arrivals
 from loadtest.report import Circumstances, Machine, Timing, percentile, rounded
+from millrace import benchmarks
 from pipeline import events
 
 MEBIBYTE = 1024 * 1024
@@ -197,3 +199,19 @@ async def test_outcomes_are_waited_for_by_share() -> None:
     await outcomes.wait(ids, share=0.4)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(outcomes.wait(ids, share=0.5), 0.01)
+
+
+def test_what_was_not_measured_is_kept_with_its_commit() -> None:
+    """A run of one model leaves the others and the parts under load as they were, and says of which commit."""
+    kept = msgspec.json.decode((benchmarks.KEPT / "engine.json").read_bytes(), type=engine_results.Result)
+    assert kept.depth is not None
+    again = next(iter(kept.models.values()))
+    new = msgspec.structs.replace(
+        kept, commit="new", commits={}, models={"resnet18": again}, backlog=None, swap=None, depth=None
+    )
+    merged = engine_results.merged(kept, new)
+    assert merged.commit == merged.commits["resnet18"] == "new"
+    assert merged.models == {**kept.models, "resnet18": again}
+    assert (merged.backlog, merged.swap, merged.depth) == (kept.backlog, kept.swap, kept.depth)
+    assert merged.commits["depth"] == kept.commits.get("depth", kept.commit) != "new"
+    assert engine_results.rows(merged)
