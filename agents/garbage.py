@@ -4,7 +4,14 @@ A full collection looks at every object while no thread runs: with torch and a m
 half minute or so of load, the longest waits of real-time pictures.
 """
 
+import asyncio
 import gc
+import time
+from collections.abc import Callable
+
+# How often a busy process is asked whether it is idle, and how long at most what is no more needed may stay.
+LOOK_SECONDS = 1.0
+MAX_WAIT_SECONDS = 600.0
 
 
 def pause() -> None:
@@ -27,14 +34,13 @@ def set_apart() -> None:
     gc.freeze()
 
 
-def set_apart_again() -> None:
-    """Let what was set apart and is not needed any more go with the next full collection, and no other one."""
+async def set_apart_again(is_idle: Callable[[], bool]) -> None:
+    """Collect what was set apart and is not needed any more, such as models that were replaced, in an idle moment.
+
+    Most of it went with its last reference; what is left would stay for ever. Who is never idle waits for it once.
+    """
+    until = time.monotonic() + MAX_WAIT_SECONDS
+    while not is_idle() and time.monotonic() < until:  # noqa: ASYNC110 (the clock decides)
+        await asyncio.sleep(LOOK_SECONDS)
     gc.unfreeze()
-    if _freeze not in gc.callbacks:
-        gc.callbacks.append(_freeze)
-
-
-def _freeze(phase: str, found: dict[str, int]) -> None:
-    if phase == "stop" and found["generation"] == 2:
-        gc.callbacks.remove(_freeze)
-        gc.freeze()
+    set_apart()

@@ -58,6 +58,7 @@ class Predict:
         self._identities: Identities = ()
         self._probe: Delivered | None = None
         self._publishing: set[asyncio.Task[None]] = set()
+        self._tidying: asyncio.Task[None] | None = None
         self._broken: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
@@ -69,6 +70,8 @@ class Predict:
 
     async def stop(self) -> None:
         """Stop the engine; what is on the device gets no outcome and is delivered again."""
+        if self._tidying is not None:
+            self._tidying.cancel()
         if self._engine is not None:  # else the signal came while the models were loading
             await self._engine.stop(ENGINE_STOP_SECONDS)
         if self._publishing:
@@ -133,7 +136,9 @@ class Predict:
         metrics.LIMITER_OPEN.labels(self.name).set(False)
         if self._publishing:
             await asyncio.wait(set(self._publishing))
-        garbage.set_apart_again()
+        if self._tidying is not None:
+            self._tidying.cancel()
+        self._tidying = asyncio.create_task(garbage.set_apart_again(lambda: engine.is_idle))
 
     def _note(self, version: Version, models: Sequence[Model]) -> None:
         self._identities = tuple((model.name, model.version) for model in models)

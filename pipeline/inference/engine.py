@@ -137,6 +137,11 @@ class Engine:
             self._stopped = True
             raise
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing that was submitted waits for its outcome."""
+        return not self._open
+
     def room(self) -> Sequence[Lane]:
         """Return the lanes of which fewer records wait for the device than it takes to keep it busy.
 
