@@ -64,6 +64,7 @@ def test_the_engine_is_measured_beside_its_loops_and_under_load(capsys: pytest.C
         0.8 * offline.best_images_per_second, rel=0.02
     )
     own = 0.8 * offline.pipeline_images_per_second
+    assert measured.online_at_80_percent_of_own is not None
     assert measured.online_at_80_percent_of_own.images_per_second == pytest.approx(own, rel=0.02)
     assert found.backlog is not None
     assert found.backlog.realtime_p50_seconds <= found.backlog.realtime_p99_seconds
