@@ -11,7 +11,7 @@ def main() -> int:
     # does not handle: a pod that is stopped while it starts would stay until it is killed. Nothing was begun yet.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
-    from agents import garbage
+    from pipeline import garbage
 
     garbage.pause()
     from agents.app import STEPS, run

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from agents import devices, garbage
+from agents import devices
 from agents.consumer import Committer, StepApp
 from agents.delivery import Delivered, Delivery
 from agents.site import Site
-from pipeline import admin, logs, metrics
+from pipeline import admin, garbage, logs, metrics
 from pipeline.connections import ping
 from pipeline.errors import (
     EXIT_CONFIGURATION,

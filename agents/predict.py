@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 
 import torch
 
-from agents import garbage
 from agents.delivery import Delivered, Delivery
 from agents.durable import publish_dead_letter
 from agents.replica import Replica, in_thread
-from pipeline import events, logs, metrics, topics
+from pipeline import events, garbage, logs, metrics, topics
 from pipeline.broker import Publisher
 from pipeline.deadletters import FaultLimiter
 from pipeline.deployments import Version

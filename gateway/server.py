@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
-from pipeline import logs
+from pipeline import garbage, logs
 from pipeline.errors import ConfigurationError
 from pipeline.settings import PREFIX, Settings
 
@@ -106,8 +106,7 @@ async def serve(options: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     async with app.router.lifespan_context(app):
-        gc.collect()
-        gc.freeze()  # what was loaded stays: no collection need look at it
+        garbage.set_apart()
         gc.set_threshold(GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
         log.info("gateway listens", host=options.gateway_host, port=options.gateway_port)
         await server.serve(sockets)

@@ -20,7 +20,7 @@ from loadtest.images import draw_photo
 from loadtest.meter import Meter, require_all
 from loadtest.report import median, percentile, rounded
 from loadtest.soak import MIN_GROWTH_BYTES, Trend, trend
-from pipeline import events, registry
+from pipeline import events, garbage, registry
 from pipeline.deployments import Registry
 from pipeline.errors import DependencyError
 from pipeline.events import Record
@@ -92,8 +92,7 @@ class LoadBench:
                 await commit()
                 await outcomes.wait(ids, share=WARM_UP_SHARE)
                 # A full collection of this process takes 150 ms, which would count as the worker's.
-                gc.collect()
-                gc.freeze()
+                garbage.set_apart()
                 started, done_before, before = time.monotonic(), dict(done), await self._batches()
                 seen = await self._meter.arrive(
                     outcomes, pictures, plan.realtime_images_per_second, plan.seed, "realtime",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agents import garbage
+from pipeline import garbage
 
 
 class Ring:
