@@ -72,23 +72,16 @@ class _Connection(AIOKafkaConnection):  # type: ignore[misc]
         passwords = self._sasl_plain_password
         if not isinstance(passwords, Rotated):
             return await super().connect()
-        on_close = self._on_close_cb
-        *others, last = passwords.candidates()
-        for password in others:
-            try:
-                return await self._connect_by(passwords, password)
-            except SaslAuthenticationFailed:
-                self._on_close_cb = on_close
-        return await self._connect_by(passwords, last)
+        connect_by = functools.partial(self._connect_by, self._on_close_cb)
+        return await passwords.attempt(connect_by, SaslAuthenticationFailed)
 
-    async def _connect_by(self, passwords: Rotated[str], password: str) -> Any:
+    async def _connect_by(self, on_close: Any, password: str) -> Any:
+        self._on_close_cb = on_close  # a refusal before took it away
         self._sasl_plain_password = password
         try:
-            opened = await super().connect()
+            return await super().connect()
         finally:
             self._sasl_plain_password = None
-        passwords.accept(password)
-        return opened
 
     def send(self, request: Any, expect_response: bool = True) -> Any:
         """Send; the answer to an authentication says how long it holds."""

@@ -115,24 +115,13 @@ async def connect(dsn: str, password_file: Path | None = None, **options: Any) -
         ConfigurationError: the file cannot be used, and never could in this process.
         asyncpg.PostgresError, OSError: as asyncpg does.
     """
-    connection: asyncpg.Connection
+
+    async def connect_by(password: str | None) -> asyncpg.Connection:
+        return await asyncpg.connect(dsn, password=password, **options)
+
     if password_file is None:
-        connection = await asyncpg.connect(dsn, **options)
-        return connection
-    passwords = _password(password_file)
-    *others, last = passwords.candidates()
-    for password in others:
-        with contextlib.suppress(asyncpg.InvalidPasswordError):
-            return await _connect_by(passwords, password, dsn, options)
-    return await _connect_by(passwords, last, dsn, options)
-
-
-async def _connect_by(
-    passwords: Rotated[str], password: str, dsn: str, options: dict[str, Any]
-) -> asyncpg.Connection:
-    connection: asyncpg.Connection = await asyncpg.connect(dsn, password=password, **options)
-    passwords.accept(password)
-    return connection
+        return await connect_by(None)
+    return await _password(password_file).attempt(connect_by, asyncpg.InvalidPasswordError)
 
 
 class Pool:

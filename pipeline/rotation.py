@@ -7,7 +7,7 @@ a file that is half-written or half of a new pair.
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -15,6 +15,7 @@ from pipeline import logs, metrics
 from pipeline.errors import ConfigurationError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _Stamp = tuple[tuple[int, int, int], ...]
 
@@ -72,13 +73,23 @@ class Rotated(Generic[T]):
                     )
             return self._value
 
-    def candidates(self) -> tuple[T, ...]:
-        """Return what to try, in order: the newest, then what was accepted last if that is another."""
-        newest, accepted = self.newest(), self._accepted
-        return (newest,) if newest == accepted else (newest, accepted)
+    async def attempt(self, use: Callable[[T], Awaitable[R]], refusal: type[Exception]) -> R:
+        """Use the newest; if that raises the refusal, use what was accepted last, where that is another.
 
-    def accept(self, value: T) -> None:
-        """Note that a candidate was accepted."""
+        Raises: what the last use raises.
+        """
+        value, accepted = self.newest(), self._accepted
+        try:
+            used = await use(value)
+        except refusal:
+            if value == accepted:
+                raise
+            value = accepted
+            used = await use(value)
+        self._accept(value)
+        return used
+
+    def _accept(self, value: T) -> None:
         with self._lock:
             if value == self._value:
                 self._accepted = value

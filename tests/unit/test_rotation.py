@@ -13,6 +13,26 @@ from tests.support.logged import capture
 from tests.support.mounts import MountedSecret
 
 
+class RefusedError(Exception):
+    """What a client raises of a wrong password."""
+
+
+class Server:
+    """Lets in by one password, or is away."""
+
+    def __init__(self, password: str | None) -> None:
+        self.password = password
+        self.tried: list[str] = []
+
+    async def connect(self, password: str) -> str:
+        self.tried.append(password)
+        if self.password is None:
+            raise ConnectionError
+        if password != self.password:
+            raise RefusedError(password)
+        return f"connected by {password}"
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> MountedSecret:
     return MountedSecret(tmp_path / "mounted", {"password": "first\n", "other": "x"})
@@ -30,15 +50,18 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> LogCapture:
 
 def test_a_file_that_kubernetes_replaces(mounted: MountedSecret, followed: Rotated[str]) -> None:
     """The next look after the kubelet swapped the folder finds the new content."""
-    assert followed.candidates() == ("first",)
+    assert followed.newest() == "first"
     mounted.replace({"password": "second\n"})
     assert followed.newest() == "second"
 
 
-def test_another_file_of_the_secret_is_replaced(mounted: MountedSecret, followed: Rotated[str]) -> None:
+async def test_another_file_of_the_secret_is_replaced(mounted: MountedSecret, followed: Rotated[str]) -> None:
     """A swap that leaves the content as it was offers nothing new."""
     mounted.replace({"other": "y"})
-    assert followed.candidates() == ("first",)
+    server = Server("second")
+    with pytest.raises(RefusedError):
+        await followed.attempt(server.connect, RefusedError)
+    assert server.tried == ["first"]
 
 
 @pytest.mark.parametrize(
@@ -72,19 +95,34 @@ def test_a_file_that_cannot_be_used(
     assert followed.newest() == "second"
 
 
-def test_what_is_refused_is_followed_by_what_was_accepted(
+async def test_what_is_refused_is_followed_by_what_was_accepted(
     mounted: MountedSecret, followed: Rotated[str], logged: LogCapture
 ) -> None:
     """The newest is tried first, always; the one that worked last stays until another works."""
-    followed.accept("first")
+    server = Server("first")
     mounted.replace({"password": "wrong"})
-    assert followed.candidates() == ("wrong", "first")
-    followed.accept("first")
-    assert logged.entries[-1]["event"].startswith("changed secret is refused")
+    for _ in range(2):
+        assert await followed.attempt(server.connect, RefusedError) == "connected by first"
+    assert [entry["event"] for entry in logged.entries] == [
+        "changed secret was read", "changed secret is refused, the former one is not",
+    ]  # fmt: skip
     mounted.replace({"password": "second"})
-    assert followed.candidates() == ("second", "first")
-    followed.accept("second")
-    assert followed.candidates() == ("second",)
+    assert await followed.attempt(server.connect, RefusedError) == "connected by first"
+    server.password = "second"
+    assert await followed.attempt(server.connect, RefusedError) == "connected by second"
+    server.password = "first"
+    with pytest.raises(RefusedError, match="second"):
+        await followed.attempt(server.connect, RefusedError)
+    assert server.tried == ["wrong", "first"] * 2 + ["second", "first"] + ["second"] * 2
+
+
+async def test_what_fails_otherwise_is_no_refusal(mounted: MountedSecret, followed: Rotated[str]) -> None:
+    """Only a refusal makes the former password be tried: a server that is away refuses none."""
+    server = Server(None)
+    mounted.replace({"password": "second"})
+    with pytest.raises(ConnectionError):
+        await followed.attempt(server.connect, RefusedError)
+    assert server.tried == ["second"]
 
 
 def test_a_change_while_it_is_read(tmp_path: Path) -> None:
@@ -102,10 +140,11 @@ def test_a_change_while_it_is_read(tmp_path: Path) -> None:
     assert followed.newest() == "second"
 
 
-def test_secrets_are_never_logged(mounted: MountedSecret, followed: Rotated[str], logged: LogCapture) -> None:
+async def test_secrets_are_never_logged(
+    mounted: MountedSecret, followed: Rotated[str], logged: LogCapture
+) -> None:
     """Neither the former nor the new content is in any line."""
     mounted.replace({"password": "tomato-soup"})
-    followed.newest()
-    followed.accept("first")
+    await followed.attempt(Server("first").connect, RefusedError)
     assert logged.entries[0]["event"] == "changed secret was read"
     assert "tomato-soup" not in str(logged.entries)
