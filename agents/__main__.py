@@ -1,15 +1,13 @@
 """`python -m agents STEP` runs one step in the foreground."""
 
-import os
-import signal
 import sys
+
+from pipeline import signals
 
 
 def main() -> int:
     """Run the step named on the command line; return the exit code."""
-    # Importing a step with its torch takes seconds, and the first process of a container gets no signal that it
-    # does not handle: a pod that is stopped while it starts would stay until it is killed. Nothing was begun yet.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    signals.end_at_once()
 
     from pipeline import garbage
 

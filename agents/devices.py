@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from pipeline import logs
+from pipeline import logs, signals
 from pipeline.deployments import replica_name
 from pipeline.errors import EXIT_CONFIGURATION, EXIT_FATAL, ConfigurationError
 from pipeline.settings import PREFIX, Settings
@@ -125,9 +125,7 @@ def _be_a_child(
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(EXIT_FATAL)  # it died before the line above
-        # As in __main__: while torch is imported nothing was begun.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: os._exit(0))
+        signals.end_at_once()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         logs.name_process(device=settings.device)
         code = run(settings)

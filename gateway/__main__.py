@@ -3,17 +3,14 @@
 Exit codes: 0 after SIGTERM or SIGINT, 78 for a wrong setting (one line on stderr, no traceback).
 """
 
-import os
-import signal
 import sys
+
+from pipeline import signals
 
 
 def main() -> int:
     """Serve until a signal; return the exit code."""
-    # Importing the server takes a second, and the first process of a container gets no signal that it does not
-    # handle: a pod that is stopped while it starts would stay until it is killed. Nothing was begun yet.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: os._exit(0))
+    signals.end_at_once()
 
     import asyncio
 

@@ -1,5 +1,6 @@
 """What every step must bear before it has started."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ async def test_a_step_can_be_stopped_before_it_has_started(name: str, tmp_path: 
     await step.stop()
 
 
-def test_sigterm_while_a_step_is_imported() -> None:
-    """SIGTERM is heard from the start, also by the first process of a container, and nothing was begun."""
-    program = """
-import os, signal, sys
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_step_is_imported(number: signal.Signals) -> None:
+    """A signal is heard from the start, also by the first process of a container, and nothing was begun."""
+    program = f"""
+import os, sys
 from agents import __main__, app
-app.run = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+app.run = lambda *_: os.kill(os.getpid(), {int(number)})
 sys.argv = ["agents", "store"]
 __main__.main()
 """
