@@ -4,7 +4,9 @@ Usage: python -I -S launch.py PARENT_PID DEATH_SIGNAL USER_ID GROUP_ID CAPABILIT
 
 USER_ID, GROUP_ID and CAPABILITY are -1 where they do not apply. A script of its own rather than `preexec_fn`,
 because running Python between fork and exec in a process with threads may deadlock, and because it leaves
-`subprocess` free to use vfork. Only the standard library, and little of it: it adds 20 ms to a start.
+`subprocess` free to use vfork. Only the standard library, and little of it: it adds 20 ms to a start. Nothing of
+Millrace is on its path (-I), which is why `agents/devices.py`, whose children exec nothing, asks for a parent's
+death in a line of its own.
 """
 
 import ctypes
