@@ -19,8 +19,10 @@ from pipeline import events, garbage, logs, metrics, topics
 from pipeline.broker import Publisher
 from pipeline.deadletters import FaultLimiter
 from pipeline.deployments import Version
+from pipeline.energy import EnergyMeter
 from pipeline.errors import ContractError, MillraceError, ModelError, RecordTooLargeError
 from pipeline.inference import Dropped, Engine, EngineOptions, Expired, Failed, Outcome, Predicted, Request
+from pipeline.inference.proof import load_where_proved
 from pipeline.models import LoadOptions, Model, load_models, resolve_device
 from pipeline.objects import ObjectStore
 from pipeline.settings import Settings
@@ -50,6 +52,7 @@ class Predict:
         self._limiter = self._new_limiter()
         self._replica = Replica(settings, self._objects, self._load)
         self._device = torch.device("cpu")
+        self._meter: EnergyMeter | None = None
         self._engine: Engine | None = None
         self._delivery: Delivery | None = None
         #: What ran so far: models with their versions -> the latest revision they ran as.
@@ -98,8 +101,16 @@ class Predict:
         await self._dead_letter(delivered, error)
 
     def _load(self, specifications: Sequence[str]) -> Sequence[Model]:
-        """Load models; blocks."""
-        return load_models(",".join(specifications), self._device, LoadOptions.from_settings(self._settings))
+        """Load models; blocks.
+
+        Until the engine runs, a GPU that nobody asked for is proved with each version, and if it fails left alone.
+        """
+        specification, options = ",".join(specifications), LoadOptions.from_settings(self._settings)
+        if self._engine is None and self._settings.device == "auto" and self._device.type == "cuda":
+            placed = load_where_proved(specification, self._device, options)
+            self._device, self._meter = placed.device, placed.meter
+            return placed.models
+        return load_models(specification, self._device, options)
 
     async def _open(self, version: Version, models: Sequence[Model]) -> None:
         """Begin with these models.
@@ -113,6 +124,7 @@ class Predict:
             fetch=lambda key: self._objects.get(key, self._settings.max_image_bytes),
             deliver=self._deliver,
             on_room=self._on_room,
+            meter=self._meter,
         )
         try:
             await engine.start()

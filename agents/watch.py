@@ -100,7 +100,8 @@ class WatchStep:
     async def start(self) -> None:
         """Wait for the broker."""
         settings = self._settings
-        self._device = resolve_device(settings.device)
+        if settings.device != "auto":  # the CPU is enough, and no GPU is taken that nobody asked for
+            self._device = resolve_device(settings.device)
         # Tensors of some hundred GPUs: a second thread costs more than it gives.
         torch.set_num_threads(settings.torch_threads or 1)
         if settings.watch_model is not None:

@@ -125,8 +125,8 @@ class Tally:
         if self.task == "detect":
             self.boxes_a += len(a.boxes)
             self.boxes_b += len(b.boxes)
-            for iou in matched(a.boxes, b.boxes):
-                self.ious.add(iou)
+            for overlap in matched(a.boxes, b.boxes):
+                self.ious.add(overlap)
 
     def add_cosine(self, cosine: float | None) -> None:
         """Take in the cosine of a picture's vectors; None or NaN: there is none."""
@@ -194,15 +194,16 @@ def matched(a: Sequence[Box], b: Sequence[Box]) -> list[float]:
     for box in sorted(a, key=lambda box: -box.score):
         chosen, best = None, MATCHING_IOU
         for other in left:
-            if other.label == box.label and (iou := _iou(box, other)) >= best:
-                chosen, best = other, iou
+            if other.label == box.label and (overlap := iou(box, other)) >= best:
+                chosen, best = other, overlap
         if chosen is not None:
             left.remove(chosen)
             ious.append(best)
     return ious
 
 
-def _iou(a: Box, b: Box) -> float:
+def iou(a: Box, b: Box) -> float:
+    """Return the area that two boxes share, of the area of both."""
     across = min(a.x_max, b.x_max) - max(a.x_min, b.x_min)
     down = min(a.y_max, b.y_max) - max(a.y_min, b.y_min)
     if across <= 0 or down <= 0:

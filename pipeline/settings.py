@@ -155,8 +155,8 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         "auto",
-        description="auto, cpu, cuda or cuda:N; several for `predict`, one process each: cuda:0,cuda:1 "
-        "or cuda:all.",
+        description="auto (for `predict` a GPU that proves itself at start, else the CPU), cpu, cuda or cuda:N; "
+        "several for `predict`, one process each: cuda:0,cuda:1 or cuda:all.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Numbers of a forward pass; auto: fewer bits if faster here and as good."

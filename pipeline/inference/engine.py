@@ -17,7 +17,7 @@ import torch
 from pipeline import logs, metrics
 from pipeline.batching import Batcher
 from pipeline.cost_model import CostModel
-from pipeline.energy import meter_of
+from pipeline.energy import EnergyMeter, meter_of
 from pipeline.errors import FatalError
 from pipeline.imaging import Limits
 from pipeline.inference.decoding import Decoder
@@ -73,7 +73,7 @@ class Engine:
 
     `fetch` gets the bytes of a dataref (raising `MissingImageError`, `ImageTooLargeError` or
     `DependencyError`); `deliver` gets the outcomes of a batch together and must not block. `on_room` is called
-    when a lane that `room` left out has room again.
+    when a lane that `room` left out has room again. `meter` is the device's, if passes went before this.
     """
 
     #: Fails with a `FatalError` when the device hangs or is lost; outcomes end then. Set by `start`.
@@ -87,10 +87,12 @@ class Engine:
         fetch: Callable[[str], Awaitable[bytes]],
         deliver: Deliver,
         on_room: Callable[[], None],
+        meter: EnergyMeter | None = None,
     ) -> None:
         self._options = options
         self._deliver_outcomes = deliver
-        self._meter = meter_of(options.device)  # before any pass, as it takes what the GPU draws for idle
+        # Made before any pass, as it takes what the GPU draws for idle.
+        self._meter = meter or meter_of(options.device)
         self._swap = Swap(self._forward_of(models))
         self._device = Device(
             hang_seconds=options.batch_hang_seconds,

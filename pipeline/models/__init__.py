@@ -46,7 +46,7 @@ _DEFAULTS = LoadOptions()
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device of a `MILLRACE_DEVICE` value; `auto` prefers a GPU.
+    """Return the torch device of a `MILLRACE_DEVICE` value; `auto` prefers a GPU, which nothing has proved yet.
 
     Raises:
         ConfigurationError: no such device here.
@@ -101,16 +101,16 @@ def load_models(spec: str, device: torch.device, options: LoadOptions = _DEFAULT
 
 
 def _load(text: str, device: torch.device, options: LoadOptions) -> Model:
-    if text in _BUILTIN:
-        return _BUILTIN[text](device)
     specification = Specification.parse(text)
     if specification.source == "python":
         if not options.allow_python:
             raise specification.error("it runs code; MILLRACE_ALLOW_PYTHON_MODELS=true allows it")
         return _load_python(text, device)
-    if specification.source not in _SOURCES or not specification.name:
+    if text not in _BUILTIN and (specification.source not in _SOURCES or not specification.name):
         raise ConfigurationError(f"MILLRACE_MODELS: unknown model {text!r}; known: {_known()}")
     try:
+        if text in _BUILTIN:
+            return _BUILTIN[text](device)
         source = importlib.import_module(f"pipeline.models.{specification.source}_source")
         return cast(Model, source.load(specification, device, options))
     except ConfigurationError:

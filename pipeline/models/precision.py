@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from pipeline import logs
+from pipeline.agreement import MATCHING_IOU, iou
+from pipeline.events import Box
 from pipeline.imaging import View
 from pipeline.models.protocol import Output
-from pipeline.models.specification import Precision
+from pipeline.models.specification import THRESHOLD, Precision
+from pipeline.models.tasks import MAX_BOXES
 
 # How far outputs in fewer bits may be from float32 on structured pictures. 8 bits of mantissa move a probability
 # of trained and of random networks by 0.001 to 0.01; 0.02 changes a label only where two were as good as equal.
@@ -26,6 +29,8 @@ SCORE_TOLERANCE = 0.02
 NUMBER_TOLERANCE = 0.02
 # A search ranks by cosine; near-duplicates are 0.99 apart, bfloat16 moves a vector by 0.0001 to 0.0005.
 COSINE_TOLERANCE = 0.002
+# Of a detector's boxes: which of two that overlap is kept may hang on the last digit, and what follows on that.
+BOX_TOLERANCE = 0.1
 # It must gain more than a timing on a busy machine errs by.
 WORTHWHILE = 0.95
 # A timing of this many pictures, or as many as take a second, tells which is faster.
@@ -100,7 +105,8 @@ def is_worthwhile(
 
 def disagreement(reference: Sequence[Output], other: Sequence[Output]) -> float:
     """Return the largest difference between outputs, as a share of what is tolerated."""
-    return max(_disagreement(one, two) for one, two in zip(reference, other, strict=True))
+    pairs = list(zip(reference, other, strict=True))
+    return max([_boxes_lacking(pairs), *(_disagreement(one, two) for one, two in pairs)])
 
 
 def structured_pictures(view: View, count: int, device: torch.device, seed: int = 0) -> Any:
@@ -129,20 +135,40 @@ def _structured(generator: np.random.Generator, height: int, width: int) -> "np.
 
 
 def _disagreement(reference: Output, other: Output) -> float:
-    shares = [0.0]
+    shares = [0.0 if reference.is_finite and other.is_finite else float("inf")]
     if reference.embedding is not None and other.embedding is not None:
         shares.append(float(1 - reference.embedding @ other.embedding) / COSINE_TOLERANCE)
     elif reference.scores:
-        # A label that is not among the other's best is there no better than the last of them.
-        least = min(other.scores.values(), default=0.0)
-        shares += [
-            abs(score - other.scores.get(label, least)) / SCORE_TOLERANCE
-            for label, score in reference.scores.items()
-        ]
+        for ours, theirs in ((reference.scores, other.scores), (other.scores, reference.scores)):
+            # A label that is not among the other's best is there no better than the last of them.
+            least = min(theirs.values(), default=0.0)
+            shares += [
+                abs(score - theirs.get(label, least)) / SCORE_TOLERANCE for label, score in ours.items()
+            ]
     elif reference.score is not None and other.score is not None:
         size = max(1.0, abs(reference.score))
         shares.append(abs(reference.score - other.score) / (size * NUMBER_TOLERANCE))
     return max(shares) if np.isfinite(shares).all() else float("inf")  # `max` passes over NaN
+
+
+def _boxes_lacking(pairs: Sequence[tuple[Output, Output]]) -> float:
+    """Return how many boxes the other output lacks, of those that it should have, as a share of the tolerance.
+
+    It should have those whose scores are clear of the threshold, which is no higher than the lowest that is there,
+    and of the last one in a list that is full.
+    """
+    threshold = min([THRESHOLD, *(box.score for pair in pairs for output in pair for box in output.boxes)])
+    is_there = []
+    for pair in pairs:
+        for ours, theirs in (pair, pair[::-1]):
+            least = theirs.boxes[-1].score if len(theirs.boxes) >= MAX_BOXES else threshold
+            clear = [box for box in ours.boxes if not box.score <= least + SCORE_TOLERANCE]  # NaN is, too
+            is_there += [any(_are_one(box, like) for like in theirs.boxes) for box in clear]
+    return is_there.count(False) / len(is_there) / BOX_TOLERANCE if is_there else 0.0
+
+
+def _are_one(a: Box, b: Box) -> bool:
+    return a.label == b.label and abs(a.score - b.score) <= SCORE_TOLERANCE and iou(a, b) >= MATCHING_IOU
 
 
 @contextlib.contextmanager
