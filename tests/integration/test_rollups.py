@@ -98,14 +98,14 @@ async def test_each_field_at_a_moment_of_its_own(db: TelemetryDatabase) -> None:
     for start in range(0, 120, 15):
         await store(
             db,
-            sample(start, utilization_percent=0 if start <= 45 else 50),
+            sample(start, utilization_percent=0 if start <= 60 else 50),
             sample(start + 1.3, temperature_celsius=50),
             sample(start + 2.7, power_watts=100 if start < 60 else 300),
             sample(start + 4, memory_used_mebibytes=7),
         )
     # In the first minute 45 s from one power to the next, in the second one step to 300 W and 45 s at it.
     assert await rolled(db, "gpu_minutes", "joules, seconds, idle_seconds") == [
-        (4500, pytest.approx(47.7), 45), (3000 + 13500, pytest.approx(60), 0),
+        (4500, pytest.approx(47.7), 45), (3000 + 13500, pytest.approx(60), 15),
     ]  # fmt: skip
 
 
