@@ -87,7 +87,8 @@ WITH due AS (
                at - last_counter[1] AS counter_gap, at - last_power[1] AS power_gap) AS step
     WHERE at >= 0 GROUP BY gpu_id
 ), errors AS MATERIALIZED (
-    SELECT gpu_id, array_agg(xid ORDER BY time) AS xids FROM inside, unnest(xids) AS xid GROUP BY gpu_id
+    SELECT gpu_id, array_agg(xid ORDER BY time, place) AS xids
+    FROM inside, unnest(xids) WITH ORDINALITY AS one (xid, place) GROUP BY gpu_id
 )
 
 -- name: minutes_after
@@ -121,5 +122,6 @@ WITH inside AS MATERIALIZED (
     SELECT gpu_minutes.* FROM gpu_minutes
     WHERE gpu_id = ANY($1::integer[]) AND time >= $2 AND time < $2::timestamptz + interval '1 hour'
 ), errors AS (
-    SELECT gpu_id, array_agg(xid ORDER BY time) AS xids FROM inside, unnest(xids) AS xid GROUP BY gpu_id
+    SELECT gpu_id, array_agg(xid ORDER BY time, place) AS xids
+    FROM inside, unnest(xids) WITH ORDINALITY AS one (xid, place) GROUP BY gpu_id
 )

@@ -69,6 +69,19 @@ async def test_a_minute_and_an_hour(db: TelemetryDatabase) -> None:
     assert (await rows(db, "gpu_hours", columns))[0][1:6] == (3, 3, 50, 90, pytest.approx(200 / 3))
 
 
+async def test_errors_of_an_hour_stay_in_order(db: TelemetryDatabase) -> None:
+    """Whichever minute came first, an hour's XIDs are in the order of time, those of one sample in its order."""
+    xids = [tuple(range(10 * minute, 10 * minute + 10)) for minute in range(4)]
+    for minute in (3, 1, 2, 0):
+        await store(db, sample(120 + 60 * minute, xids=xids[minute]))
+        await rolled(db, "gpu_minutes", "1")
+    async with db.pool.transaction() as connection:
+        await connection.execute("ANALYZE gpu_minutes")  # so that they are read as they lie there
+    await store(db, sample(121))
+    assert await rolled(db, "gpu_minutes", "xids") == [(list(each),) for each in xids]
+    assert await rows(db, "gpu_hours", "xids") == [([xid for each in xids for xid in each],)]
+
+
 async def test_energy_is_what_the_counter_gained(db: TelemetryDatabase) -> None:
     """A reset begins at zero, a jump that no GPU makes is power times time, an XID in between disturbs nothing."""
     counter = [(0, 1e6), (10, 1.5e6), (20, 2e6), (30, 3e5), (40, 9e15)]
