@@ -30,8 +30,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from pipeline import formats
+from pipeline import formats, jpeg
 from pipeline.errors import ImageTooLargeError, MillraceError, UndecodableImageError
+from pipeline.jpeg import Pixels, Size
 
 #: Transparent pixels show this: what a page shows behind a picture, and what JPEG exports of one have.
 BACKGROUND = (255, 255, 255)
@@ -51,7 +52,6 @@ LARGE_PIXELS = 16_000_000
 MAX_JPEG_SCANS = 100
 MAX_REASON_CHARACTERS = 200
 
-Size = tuple[int, int]  # width and height in pixels
 Window = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 # One decoder is tried, the one the first bytes name: Pillow has many more, some of them never fuzzed.
@@ -65,7 +65,6 @@ _DECODERS = {
 }
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _START_OF_SCAN = b"\xff\xda"
-_OTHER_FRAMES = frozenset({0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})  # JPEG, table B.1
 _EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what undoes it (JEITA CP-3451, 4.6.4.A).
 _UNDO = {
@@ -120,17 +119,21 @@ class View:
         scale = min(self.height / shorter, self.width / longer)
         return max(1, round(picture[0] * scale)), max(1, round(picture[1] * scale))
 
+    def cut_of(self, picture: Size) -> tuple[Size, Size]:
+        """Return what the whole of a picture is resized to, and the left and top of what is shown of that."""
+        if self.shorter_side is None:
+            return self.size_of(picture), (0, 0)
+        # Rounded as torchvision's Resize and CenterCrop do: half a pixel beside it is another picture to a model.
+        width, height = (int(self.shorter_side * side / min(picture)) for side in picture)
+        return (width, height), (round((width - self.width) / 2), round((height - self.height) / 2))
+
     def window_of(self, picture: Size) -> Window:
         """Return the part of a picture that is shown."""
-        width, height = picture
-        if self.shorter_side is None:
-            return 0.0, 0.0, float(width), float(height)
-        # Rounded as torchvision's Resize and CenterCrop do: half a pixel beside it is another picture to a model.
-        resized = [int(self.shorter_side * side / min(picture)) for side in picture]
-        across, down = width / resized[0], height / resized[1]
-        left = round((resized[0] - self.width) / 2) * across
-        top = round((resized[1] - self.height) / 2) * down
-        return left, top, left + self.width * across, top + self.height * down
+        whole, corner = self.cut_of(picture)
+        across, down = picture[0] / whole[0], picture[1] / whole[1]
+        width, height = self.size_of(picture)
+        left, top = corner[0] * across, corner[1] * down
+        return left, top, left + width * across, top + height * down
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ def decode(data: bytes, views: Sequence[View], limits: Limits = Limits()) -> Pic
     if media not in formats.DECODABLE:
         known = f"{media} is not supported" if media else f"not a picture: the data begin with {data[:12]!r}"
         raise UndecodableImageError(known)
-    if media == "image/jpeg" and not _is_one_scan(data) and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+    if media == "image/jpeg" and not jpeg.is_one_scan(data) and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
         raise UndecodableImageError(f"image/jpeg: more than {MAX_JPEG_SCANS} scans")
     _set_pillow_up(limits)
     try:
@@ -184,34 +187,19 @@ def _decode(data: bytes, media: str, views: Sequence[View], limits: Limits) -> P
         if is_jpeg := media == "image/jpeg":
             orientation = _orientation(image)
             image.draft(None, _enough(stored, [_lying(view, orientation) for view in views]))
+        is_usual = is_jpeg and image.mode == "RGB" and jpeg.is_one_scan(data)
         large = image.width * image.height > LARGE_PIXELS
         with _one_large_picture if large else nullcontext():
+            if is_usual and (found := jpeg.decode(data, image.size)) is not None:
+                pixels = tuple(_cut(found, stored, view, orientation) for view in views)
+                return Picture(pixels, *_upright(stored, orientation))
             image.load()
             if not is_jpeg:  # elsewhere the tag may come after the pixels, or be applied by `load`
                 orientation = _orientation(image)
                 stored = image.size
             flat = _to_plain_mode(image)
             pixels = tuple(_render(flat, stored, view, orientation) for view in views)
-    width, height = stored[::-1] if orientation in _ON_ITS_SIDE else stored
-    return Picture(pixels, width, height)
-
-
-def _is_one_scan(data: bytes) -> bool:
-    """Whether the first scan of a JPEG is all of it, as in nearly every one: libjpeg then takes no second one.
-
-    Looking through the whole file for scans takes 4 % of a decode.
-    """
-    at, components = 2, 0
-    while at + 10 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xDA:  # start of scan, with the number of components in it
-            return data[at + 4] == components > 0
-        if marker in (0xC0, 0xC1):  # a sequential frame, with the number of components of the picture
-            components = data[at + 9]
-        elif marker < 0xC4 or marker == 0xFF or marker in _OTHER_FRAMES:
-            return False
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+    return Picture(pixels, *_upright(stored, orientation))
 
 
 def _enough(stored: Size, views: Sequence[View]) -> Size:
@@ -280,6 +268,19 @@ def _render(image: Image.Image, stored: Size, view: View, orientation: int) -> N
     if orientation in _UNDO:
         image = image.transpose(_UNDO[orientation])
     return np.asarray(image)  # (H, W, 3) uint8
+
+
+def _cut(pixels: Pixels, stored: Size, view: View, orientation: int) -> Pixels:
+    """Show a picture, which may be a fraction of the stored size by now."""
+    view = _lying(view, orientation)
+    shown = jpeg.resize(pixels, *view.cut_of(stored), view.size_of(stored), view.resampling)
+    if orientation in _UNDO:
+        shown = np.asarray(Image.fromarray(shown).transpose(_UNDO[orientation]))
+    return shown
+
+
+def _upright(stored: Size, orientation: int) -> Size:
+    return stored[::-1] if orientation in _ON_ITS_SIDE else stored
 
 
 def _set_pillow_up(limits: Limits) -> None:

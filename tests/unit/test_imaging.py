@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from loadtest import images
-from pipeline import formats, imaging
+from pipeline import formats, imaging, jpeg
 from pipeline.errors import ImageError, ImageTooLargeError, UndecodableImageError
 from pipeline.imaging import View
 from tests.support import pictures
@@ -169,6 +169,44 @@ def test_a_fraction_shows_what_the_whole_picture_shows(view: View, size: tuple[i
     difference = np.abs(seen - expected)
     assert difference.mean() < 1.0
     assert np.percentile(difference, 99) <= 12
+
+
+JPEG_VIEWS = (
+    View(96, 96, "crop", 128),
+    View(160, 90),
+    View(300, 200, "inside"),
+    View(90, 70, "crop", 90, "bicubic"),
+)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (301, 517), (1000, 130), (71, 54), (128, 128)])
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_the_usual_jpeg_looks_as_pillow_shows_it(
+    size: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every view of it is what Pillow makes of it, but for roundings: enlarged, reduced, cut and turned."""
+    exif = Image.Exif()
+    exif[pictures.EXIF_ORIENTATION] = orientation
+    data = pictures.encode(pictures.scene(*size), "JPEG", exif=exif)
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "resize", None)
+        usual = imaging.decode(data, JPEG_VIEWS)
+    monkeypatch.setattr(jpeg, "decode", lambda *_: None)
+    monkeypatch.setattr(imaging, "REDUCING_GAP", None)  # Pillow's own short cut
+    pillows = imaging.decode(data, JPEG_VIEWS)
+    assert (usual.width, usual.height) == (pillows.width, pillows.height)
+    for mine, other in zip(usual.pixels, pillows.pixels, strict=True):
+        assert mine.shape == other.shape
+        assert np.abs(mine.astype(int) - other).max() <= 1
+
+
+def test_a_decoded_jpeg_stays_as_it_is() -> None:
+    """The memory that a thread decodes into is not what it gives out, even if nothing was to be resized."""
+    first, second = (pictures.encode(pictures.scene(64, 32, seed), "JPEG") for seed in (0, 1))
+    pixels = imaging.decode(first, [VIEW]).pixels[0]
+    before = pixels.copy()
+    imaging.decode(second, [VIEW])
+    np.testing.assert_array_equal(pixels, before)
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
