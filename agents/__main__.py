@@ -9,8 +9,9 @@ def main() -> int:
     """Run the step named on the command line; return the exit code."""
     signals.end_at_once()
 
-    from pipeline import garbage
+    from pipeline import allocator, garbage
 
+    allocator.keep_freed()
     garbage.pause()
     from agents.app import STEPS, run
     from pipeline import settings

@@ -51,6 +51,8 @@ class Loops:
     """The loops of one model, over the pictures of a folder."""
 
     process: loop_process.LoopProcess
+    #: Of the naive loop alone, which has nothing tuned.
+    naive: loop_process.LoopProcess
     model: str
     folder: str
     #: As JSON: `loadtest.engine_loops.Tuning`.
@@ -58,8 +60,9 @@ class Loops:
 
     async def run(self, kind: str, *arguments: str) -> bytes:
         """Run one of them to its end."""
-        tuning = () if kind == "naive" else (self.tuning,)
-        return await self.process.ask(kind, *tuning, *arguments)
+        if kind == "naive":
+            return await self.naive.ask(kind, *arguments)
+        return await self.process.ask(kind, self.tuning, *arguments)
 
 
 class EngineBench:
@@ -97,12 +100,13 @@ class EngineBench:
             for number, picture in enumerate(pictures):
                 (Path(name) / f"{number:06d}.jpg").write_bytes(picture)
             async with AsyncExitStack() as stack:
-                process = await stack.enter_async_context(
-                    loop_process.LoopProcess(LOOPS, "serve", model, name)
-                )
+                process, naive = [
+                    await stack.enter_async_context(loop_process.LoopProcess(LOOPS, "serve", model, name))
+                    for _ in range(2)
+                ]
                 tuning = (await process.ask("tune")).decode().strip()
                 self._say(f"{model}: the best loop runs with {tuning}")
-                loops = Loops(process, model, name, tuning)
+                loops = Loops(process, naive, model, name, tuning)
                 kafka = await stack.enter_async_context(self._kafka_loop(loops))
                 offline = await self._offline(loops, pictures, kafka)
                 best, own = offline.best_images_per_second, offline.pipeline_images_per_second
