@@ -22,6 +22,7 @@ import torch
 from loadtest.report import Timing
 from pipeline import imaging
 from pipeline.imaging import Limits, Picture, View
+from pipeline.inference.proof import load_where_proved
 from pipeline.models import LoadOptions, Model, load_models, resolve_device, torch_threads
 from pipeline.settings import Settings, load
 
@@ -77,8 +78,12 @@ class Loop:
 def run(kind: str, folder: Path, images: int, batch_size: int) -> Timing:
     """Time one loop over the files of a folder, repeated until `images` are done."""
     settings = load()
-    device = resolve_device(settings.device)
-    models = load_models(settings.models, device, LoadOptions.from_settings(settings))
+    device, options = resolve_device(settings.device), LoadOptions.from_settings(settings)
+    if settings.device == "auto" and device.type == "cuda":  # as the worker decides
+        placed = load_where_proved(settings.models, device, options)
+        device, models = placed.device, placed.models
+    else:
+        models = load_models(settings.models, device, options)
     threads = torch_threads(models, settings.torch_threads)  # as the engine does
     if threads and device.type == "cpu":
         torch.set_num_threads(threads)
