@@ -2,14 +2,19 @@ import os
 import subprocess
 import sys
 
+import pytest
 
-def test_waiting_openmp_threads_sleep() -> None:
-    """What imports Millrace's parts before torch has OpenMP threads that sleep while they wait."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "PASSIVE"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")]
+)
+def test_what_imports_millrace_before_torch_has_it_told(name: str, value: str) -> None:
+    """OpenMP threads sleep while they wait, and oneDNN keeps its code for every size of a batch."""
+    environment = {key: value for key, value in os.environ.items() if key != name}
     # Twice: unset, and set by somebody who knows better.
-    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        code = "import os, pipeline.errors; print(os.environ['OMP_WAIT_POLICY'])"
-        told = environment if given is None else environment | {"OMP_WAIT_POLICY": given}
+    for given, expected in ((None, value), ("other", "other")):
+        code = f"import os, pipeline.errors; print(os.environ[{name!r}])"
+        told = environment if given is None else environment | {name: given}
         done = subprocess.run(
             [sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True
         )
