@@ -5,8 +5,6 @@ until the last moment. Nothing here raises: what is wrong with a record is noted
 """
 
 import hashlib
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -21,9 +19,6 @@ from pipeline.topics import Lane
 
 # Of the newest decode in the running mean: a few dozen pictures are remembered.
 DECODE_SECONDS_WEIGHT = 0.05
-# Of the threads: no pass waits for them, and what they decoded waits for the pass. With equal rights a picture took
-# 0.4 to 1.5 s at the median of 145 a second on two cores, with these 0.4 s (three and two runs).
-NICENESS = 10
 
 
 class Decoder:
@@ -46,7 +41,7 @@ class Decoder:
         self._waiting: dict[Lane, deque[Work]] = {"realtime": deque(), "bulk": deque()}
         self._turns = Turns()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads, "decode", _step_back)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def show(self, views: Iterable[imaging.View]) -> None:
         """Decode in these views from now on; records that were begun before say so in their own `views`."""
@@ -105,12 +100,6 @@ class Decoder:
         work.picture = imaging.decode(work.data, work.views, self._limits)
         work.decode_ended_at = time.monotonic()
         metrics.DECODE_SECONDS.observe(work.decode_ended_at - work.decode_started_at)
-
-
-def _step_back() -> None:
-    """Let the device's thread and the event loops go first where cores are few."""
-    if sys.platform == "linux":  # where it is the thread's own
-        os.nice(NICENESS)
 
 
 def _check_digest(work: Work) -> None:

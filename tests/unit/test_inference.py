@@ -2,24 +2,18 @@
 
 import asyncio
 import hashlib
-import os
-import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loadtest import images
-from pipeline import imaging
 from pipeline.batching import Coming
 from pipeline.errors import DependencyError, MissingImageError
 from pipeline.imaging import Limits, View
 from pipeline.inference import Dropped, Engine, EngineOptions, Predicted
-from pipeline.inference.decoding import NICENESS
-from pipeline.inference.forward import Forward
 from pipeline.models import load_models
 from pipeline.settings import load
 from pipeline.topics import Lane
@@ -117,28 +111,6 @@ async def test_realtime_overtakes_bulk() -> None:
         gate.opened.set()
         await bench.finished()
     assert [sorted(call) for call in bench.calls[1:]] == [sorted(realtime), sorted(bulk)]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-async def test_the_device_goes_before_the_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode threads give way; the process and its other threads are as nice as they were."""
-    niceness: dict[str, int] = {}
-
-    def noting(name: str, function: Callable[..., object]) -> Callable[..., object]:
-        def noted(*given: object) -> object:
-            niceness[name] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-            return function(*given)
-
-        return noted
-
-    monkeypatch.setattr(imaging, "decode", noting("decoder", imaging.decode))
-    monkeypatch.setattr(Forward, "run", noting("device", Forward.run))
-    async with running(*load_models("builtin:quality", CPU)) as bench:
-        bench.submit(GOOD)
-        await bench.finished()
-    noting("loop", list)()
-    assert niceness["device"] == niceness["loop"]
-    assert niceness["decoder"] == min(19, niceness["loop"] + NICENESS)
 
 
 async def test_models_with_different_inputs_share_a_decode() -> None:
