@@ -17,7 +17,7 @@ import os
 # that wait for it: 2 cores with a load of 7 did 12 pictures a second, and do 140 so. On idle cores it costs
 # nothing that could be measured. Here, because libgomp reads it once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN makes code of each convolution for each size of a batch, and keeps 1,024 of them: mobilenet_v3_small in batches
-# of 1 to 32 has 1,700, made them again and again, and took 3.2 ms of a pass for a picture instead of 2.2. Each is
-# 150 kB or so. Read at the first pass.
+# oneDNN makes code of each convolution for each size of a batch, and keeps 1,024 of them: mobilenet_v3_small in
+# batches of 1 to 32 has 1,700, made them again and again, and took 3.2 ms of a pass for a picture instead of 2.2.
+# Each is 150 kB or so. Read at the first pass.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
