@@ -52,7 +52,7 @@ def children_of(pid: int) -> list[int]:
 
 def test_everything_on_one_machine(environment: dict[str, str]) -> None:
     """All samples and the alert come as expected, twice; data stay, Ctrl-C ends with 0, and no process is left."""
-    hot = set()
+    hot: set[str] = set()
     for _ in range(2):
         once = up(environment, "--once", "--samples", "12", "--json")
         out, messages = once.communicate(timeout=180)
@@ -62,9 +62,9 @@ def test_everything_on_one_machine(environment: dict[str, str]) -> None:
         assert len(results) == 12
         assert "12 of 12 samples" in messages
         firing = {line["gpu_uuid"] for line in lines if line.get("state") == "firing"}
-        assert len(firing) == 1
+        # A second alert of the run before may come only now: the first one ended that run.
+        assert len(firing - hot) == 1
         hot |= firing
-    assert len(hot) == 2
 
     serving = up(environment, "--samples", "1", "--replicas", "predict=2", "--no-fleet")
     gateway = f"http://127.0.0.1:{environment['MILLRACE_GATEWAY_PORT']}"
