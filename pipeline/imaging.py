@@ -11,8 +11,8 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Literal
@@ -162,8 +162,6 @@ def decode(data: bytes, views: Sequence[View], limits: Limits = Limits()) -> Pic
     if media not in formats.DECODABLE:
         known = f"{media} is not supported" if media else f"not a picture: the data begin with {data[:12]!r}"
         raise UndecodableImageError(known)
-    if media == "image/jpeg" and not jpeg.is_one_scan(data) and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
-        raise UndecodableImageError(f"image/jpeg: more than {MAX_JPEG_SCANS} scans")
     _set_pillow_up(limits)
     try:
         return _decode(data, media, views, limits)
@@ -182,24 +180,47 @@ def _decode(data: bytes, media: str, views: Sequence[View], limits: Limits) -> P
         _check_pixels(canvas, limits)
     with Image.open(BytesIO(data), formats=(_DECODERS[media],)) as image:
         _check_pixels(image.size, limits)
-        stored = image.size
-        orientation = 1
-        if is_jpeg := media == "image/jpeg":
-            orientation = _orientation(image)
-            image.draft(None, _enough(stored, [_lying(view, orientation) for view in views]))
-        is_usual = is_jpeg and image.mode == "RGB" and jpeg.is_one_scan(data)
-        large = image.width * image.height > LARGE_PIXELS
-        with _one_large_picture if large else nullcontext():
-            if is_usual and (found := jpeg.decode(data, image.size)) is not None:
-                pixels = tuple(_cut(found, stored, view, orientation) for view in views)
-                return Picture(pixels, *_upright(stored, orientation))
+        if media == "image/jpeg":
+            return _decode_jpeg(image, data, views)
+        with _turn(image.size):
             image.load()
-            if not is_jpeg:  # elsewhere the tag may come after the pixels, or be applied by `load`
-                orientation = _orientation(image)
-                stored = image.size
-            flat = _to_plain_mode(image)
-            pixels = tuple(_render(flat, stored, view, orientation) for view in views)
-    return Picture(pixels, *_upright(stored, orientation))
+            # Only now: the tag may come after the pixels, or be applied by `load`.
+            return _show(image, image.size, _orientation(image), views)
+
+
+def _decode_jpeg(image: Image.Image, data: bytes, views: Sequence[View]) -> Picture:
+    is_one_scan = _is_one_scan(data)
+    stored, orientation = image.size, _orientation(image)
+    lying = [_lying(view, orientation) for view in views]
+    image.draft(None, _enough(stored, lying))
+    with _turn(image.size):
+        is_usual = is_one_scan and image.mode == "RGB"
+        if is_usual and (found := jpeg.decode(data, image.size)) is not None:
+            shown = (
+                jpeg.resize(found, *view.cut_of(stored), view.size_of(stored), view.resampling)
+                for view in lying
+            )
+            return _upright(shown, stored, orientation)
+        image.load()
+        return _show(image, stored, orientation, views)
+
+
+def _is_one_scan(data: bytes) -> bool:
+    """Whether a JPEG has all of its pixels in one scan.
+
+    Raises:
+        UndecodableImageError: it has very many of them.
+    """
+    if jpeg.is_one_scan(data):
+        return True
+    if data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+        raise UndecodableImageError(f"image/jpeg: more than {MAX_JPEG_SCANS} scans")
+    return False
+
+
+def _turn(size: Size) -> AbstractContextManager[object]:
+    """Return what is held while a picture is decoded at a size: a large one waits for others to be done."""
+    return _one_large_picture if math.prod(size) > LARGE_PIXELS else nullcontext()
 
 
 def _enough(stored: Size, views: Sequence[View]) -> Size:
@@ -247,9 +268,14 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
     return image.convert("L") if image.mode == "1" else image
 
 
-def _render(image: Image.Image, stored: Size, view: View, orientation: int) -> NDArray[np.uint8]:
-    """Show a picture, which may be a fraction of the stored size by now."""
-    view = _lying(view, orientation)
+def _show(image: Image.Image, stored: Size, orientation: int, views: Sequence[View]) -> Picture:
+    """Show a loaded picture, which may be a fraction of the stored size by now, in each of `views`."""
+    flat = _to_plain_mode(image)
+    lying = (_lying(view, orientation) for view in views)
+    return _upright((_render(flat, stored, view) for view in lying), stored, orientation)
+
+
+def _render(image: Image.Image, stored: Size, view: View) -> Pixels:
     left, top, right, bottom = view.window_of(stored)
     across, down = image.width / stored[0], image.height / stored[1]
     image = image.resize(
@@ -265,22 +291,15 @@ def _render(image: Image.Image, stored: Size, view: View, orientation: int) -> N
         image = backdrop
     elif image.mode != "RGB":
         image = image.convert("RGB")
-    if orientation in _UNDO:
-        image = image.transpose(_UNDO[orientation])
     return np.asarray(image)  # (H, W, 3) uint8
 
 
-def _cut(pixels: Pixels, stored: Size, view: View, orientation: int) -> Pixels:
-    """Show a picture, which may be a fraction of the stored size by now."""
-    view = _lying(view, orientation)
-    shown = jpeg.resize(pixels, *view.cut_of(stored), view.size_of(stored), view.resampling)
+def _upright(shown: Iterable[Pixels], stored: Size, orientation: int) -> Picture:
+    """Turn what is shown of a picture as a person sees it."""
     if orientation in _UNDO:
-        shown = np.asarray(Image.fromarray(shown).transpose(_UNDO[orientation]))
-    return shown
-
-
-def _upright(stored: Size, orientation: int) -> Size:
-    return stored[::-1] if orientation in _ON_ITS_SIDE else stored
+        shown = (np.asarray(Image.fromarray(pixels).transpose(_UNDO[orientation])) for pixels in shown)
+    width, height = stored[::-1] if orientation in _ON_ITS_SIDE else stored
+    return Picture(tuple(shown), width, height)
 
 
 def _set_pillow_up(limits: Limits) -> None:
