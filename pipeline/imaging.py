@@ -50,6 +50,9 @@ LARGE_PIXELS = 16_000_000
 # A progressive JPEG is decoded once per scan, each a pass over all pixels for a few bytes of file: cameras write
 # 10, thousands are an attack on the processor (libjpeg-turbo's own fuzzers stop at 500).
 MAX_JPEG_SCANS = 100
+# What a crop leaves out above and to its left, once resized: of a file of a kilobyte, 1 x 65,535 pixels large, that
+# were 6 GB. In pictures up to 100 times as long as wide it is less, for a crop of 224 of 256 pixels.
+MAX_CUT_OFF_PIXELS = 4_000_000
 MAX_REASON_CHARACTERS = 200
 
 Window = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -193,8 +196,9 @@ def _decode_jpeg(image: Image.Image, data: bytes, views: Sequence[View]) -> Pict
     stored, orientation = image.size, _orientation(image)
     lying = [_lying(view, orientation) for view in views]
     image.draft(None, _enough(stored, lying))
-    with _turn(image.size):
-        is_usual = is_one_scan and image.mode == "RGB"
+    # Of several scans libjpeg keeps all coefficients, up to 6 bytes a pixel, whatever the fraction it decodes at.
+    with _turn(image.size if is_one_scan else stored):
+        is_usual = is_one_scan and image.mode == "RGB" and not any(_is_sliver(stored, view) for view in lying)
         if is_usual and (found := jpeg.decode(data, image.size)) is not None:
             shown = (
                 jpeg.resize(found, *view.cut_of(stored), view.size_of(stored), view.resampling)
@@ -216,6 +220,12 @@ def _is_one_scan(data: bytes) -> bool:
     if data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
         raise UndecodableImageError(f"image/jpeg: more than {MAX_JPEG_SCANS} scans")
     return False
+
+
+def _is_sliver(picture: Size, view: View) -> bool:
+    """Whether so much lies above and to the left of what is shown that it is not to be made (see `jpeg.resize`)."""
+    (left, top), (width, height) = view.cut_of(picture)[1], view.size_of(picture)
+    return (left + width) * (top + height) - width * height > MAX_CUT_OFF_PIXELS
 
 
 def _turn(size: Size) -> AbstractContextManager[object]:

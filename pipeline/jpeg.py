@@ -23,6 +23,8 @@ _KEPT_BYTES = 16 * 1024 * 1024
 # How many source pixels beside its centre an output pixel is made of, in units of the scale.
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 _OTHER_FRAMES = frozenset({0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})  # JPEG, table B.1
+# Or fill, where another byte follows. A reader that took what comes next for a length would miss what libjpeg sees.
+_WITHOUT_LENGTH = frozenset({*range(0xD0, 0xDA), 0xFF})
 
 _own = threading.local()
 
@@ -39,7 +41,7 @@ def is_one_scan(data: bytes) -> bool:
             return data[at + 4] == components > 0
         if marker in (0xC0, 0xC1):  # a sequential frame, with the number of components of the picture
             components = data[at + 9]
-        elif marker < 0xC4 or marker == 0xFF or marker in _OTHER_FRAMES:
+        elif marker < 0xC4 or marker in _OTHER_FRAMES or marker in _WITHOUT_LENGTH:
             return False
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False

@@ -5,6 +5,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Literal
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -279,6 +280,54 @@ def test_scans_behind_a_whole_picture_cost_nothing() -> None:
     one_component[4] = 1
     with pytest.raises(UndecodableImageError, match="more than 100 scans"):
         imaging.decode(data[:start] + bytes(one_component) * 200 + data[-2:], [VIEW])
+
+
+def test_scans_cannot_be_hidden() -> None:
+    """What a marker without length is followed by is seen as libjpeg sees it, whatever lies further behind."""
+    data = pictures.encode(pictures.scene(), "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    one_scan = pictures.jpeg()
+    hidden = one_scan[2 : one_scan.index(b"\xff\xda") + 64]
+    # A restart marker; with its comment's marker taken for a length, what is read next is what is hidden.
+    data = b"\xff\xd8\xff\xd0" + comment(bytes(40_000)) + comment(bytes(25_526) + hidden) + data[2:-2]
+    assert jpeg.is_one_scan(one_scan)
+    assert data[4 + 0xFFFE :].startswith(hidden)
+    imaging.decode(data + b"\xff\xd9", [VIEW])
+    with pytest.raises(UndecodableImageError, match="more than 100 scans"):
+        imaging.decode(data + last_scan * 100 + b"\xff\xd9", [VIEW])
+
+
+def comment(text: bytes) -> bytes:
+    """Return a segment of a JPEG that says nothing."""
+    return b"\xff\xfe" + (2 + len(text)).to_bytes(2, "big") + text
+
+
+@pytest.mark.parametrize("size", [(1, 65_500), (65_500, 1)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_middle_of_a_sliver_costs_no_more(size: tuple[int, int], orientation: int) -> None:
+    """A crop of a picture of one by very many pixels does not resize all of it."""
+    exif = Image.Exif()
+    exif[pictures.EXIF_ORIENTATION] = orientation
+    data = pictures.encode(Image.new("RGB", size, pictures.LEFT), "JPEG", exif=exif)
+    before = peak_kibibytes()
+    pixels = imaging.decode(data, [View(224, 224, "crop", 256)]).pixels[0]
+    assert pixels.shape == (224, 224, 3)
+    assert is_close(tuple(pixels.mean((0, 1)).astype(int)), pictures.LEFT)
+    assert peak_kibibytes() - before < 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "turns"), [("JPEG", {}, 0), ("JPEG", {"progressive": True}, 1), ("PNG", {}, 1)]
+)
+def test_large_pictures_wait_for_each_other(
+    codec: str, options: dict[str, bool], turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JPEG takes memory for the pixels it is decoded to; one of several scans, for all that it has."""
+    lock = MagicMock()
+    monkeypatch.setattr(imaging, "_one_large_picture", lock)
+    monkeypatch.setattr(imaging, "LARGE_PIXELS", 600 * 400 - 1)
+    imaging.decode(pictures.encode(pictures.scene(600, 400), codec, **options), [VIEW])
+    assert lock.__enter__.call_count == turns
 
 
 @pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "GIF"])
