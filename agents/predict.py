@@ -72,8 +72,7 @@ class Predict:
 
     async def stop(self) -> None:
         """Stop the engine; what is on the device gets no outcome and is delivered again."""
-        if self._tidying is not None:
-            self._tidying.cancel()
+        self._stop_tidying()
         if self._engine is not None:  # else the signal came while the models were loading
             await self._engine.stop(ENGINE_STOP_SECONDS)
         if self._publishing:
@@ -147,9 +146,12 @@ class Predict:
         metrics.LIMITER_OPEN.labels(self.name).set(False)
         if self._publishing:
             await asyncio.wait(set(self._publishing))
+        self._stop_tidying()
+        self._tidying = asyncio.create_task(garbage.set_apart_again(lambda: engine.is_idle))
+
+    def _stop_tidying(self) -> None:
         if self._tidying is not None:
             self._tidying.cancel()
-        self._tidying = asyncio.create_task(garbage.set_apart_again(lambda: engine.is_idle))
 
     def _note(self, version: Version, models: Sequence[Model]) -> None:
         self._identities = tuple((model.name, model.version) for model in models)
