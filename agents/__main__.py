@@ -9,9 +9,8 @@ def main() -> int:
     """Run the step named on the command line; return the exit code."""
     signals.end_at_once()
 
-    from pipeline import allocator, garbage
+    from pipeline import garbage
 
-    allocator.keep_freed()
     garbage.pause()
     from agents.app import STEPS, run
     from pipeline import settings

@@ -20,7 +20,7 @@ from agents import devices
 from agents.consumer import Committer, StepApp
 from agents.delivery import Delivered, Delivery
 from agents.site import Site
-from pipeline import admin, garbage, logs, metrics
+from pipeline import admin, allocator, garbage, logs, metrics
 from pipeline.connections import ping
 from pipeline.errors import (
     EXIT_CONFIGURATION,
@@ -46,6 +46,9 @@ STEPS = {
 
 # They may be given several devices, and then are a process for each.
 ON_SEVERAL_DEVICES = frozenset({"predict"})
+
+# They compute on blocks of megabytes, again and again.
+KEEP_FREED = frozenset({"predict"})
 
 # Membership may be lost during a broker's restart; minutes without, when the broker answers, are a fault.
 LOST_MEMBERSHIP_SECONDS = 180.0
@@ -106,6 +109,8 @@ def run(name: str, settings: Settings) -> int:
     def run_one(settings: Settings) -> int:
         return run_step(lambda: load(name, settings), settings)
 
+    if name in KEEP_FREED:
+        allocator.keep_freed()
     if name not in ON_SEVERAL_DEVICES:
         return run_one(settings)
     found = devices.listed(settings.device)

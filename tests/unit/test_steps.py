@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from agents import app
-from pipeline import metrics, settings
+from pipeline import allocator, metrics, settings
 
 
 @pytest.mark.parametrize("name", app.STEPS)
@@ -17,6 +17,16 @@ async def test_a_step_can_be_stopped_before_it_has_started(name: str, tmp_path: 
     """SIGTERM while a step connects, or loads its models, ends it as quietly as later."""
     step = app.load(name, settings.load(data_dir=tmp_path))
     await step.stop()
+
+
+@pytest.mark.parametrize("name", app.STEPS)
+def test_only_predict_keeps_what_is_freed(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory that is kept from the kernel is worth it where a batch needs it again, however the step is started."""
+    asked = []
+    monkeypatch.setattr(allocator, "keep_freed", lambda: asked.append(name))
+    monkeypatch.setattr(app, "run_step", lambda *_: 0)
+    assert app.run(name, settings.load(data_dir=tmp_path, device="cpu")) == 0
+    assert asked == (["predict"] if name == "predict" else [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
