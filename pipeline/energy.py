@@ -116,9 +116,13 @@ class EnergyMeter:
 
 
 def meter_of(device: torch.device) -> EnergyMeter | None:
-    """Return the meter of a CUDA device; of any other there is none."""
+    """Return the meter of a CUDA device; of any other there is none, nor of one that torch cannot name."""
     if device.type != "cuda":
         return None
-    # torch counts devices as CUDA_VISIBLE_DEVICES says, NVML counts all; the UUID is the same, less its prefix.
-    gpu_uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    try:
+        # torch counts devices as CUDA_VISIBLE_DEVICES says, NVML counts all; the UUID is the same, less its prefix.
+        gpu_uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    except Exception as error:  # if the device is lost, the models will say so
+        _log.info("receipts will lack joules", device=str(device), error=str(error))
+        return None
     return EnergyMeter(gpu_uuid, lambda: torch.cuda.synchronize(device))

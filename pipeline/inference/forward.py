@@ -157,6 +157,7 @@ class Forward:
         energy = Energy()
         try:
             if self._meter is not None:
+                self._at_work = ""
                 self._meter.begin()
             results = self._pass(works)
             if self._meter is not None:
@@ -288,7 +289,8 @@ class Forward:
     def _reason(self, error: Exception) -> str:
         kind = "" if isinstance(error, WrongOutputError) else f"{type(error).__name__}: "
         text = " ".join(str(error).split())
-        return f"{self._at_work}: {kind}{text}"[:MAX_REASON_CHARACTERS]
+        where = f"{self._at_work}: " if self._at_work else ""
+        return f"{where}{kind}{text}"[:MAX_REASON_CHARACTERS]
 
 
 def _reference(views: Sequence[View]) -> Work:

@@ -83,7 +83,7 @@ def _on_gpu(
     """Return the models as they will run, and the largest difference as a share of what is tolerated."""
     models = load_models(specification, gpu, options)
     meter = meter_of(gpu)
-    Forward(models, gpu, meter=meter).warm_up()
+    Forward(models, gpu).warm_up()
     shares = []
     for model, reference in zip(models, expected, strict=True):
         try:

@@ -1,5 +1,6 @@
 """Receipts say what a prediction cost in energy, by the real pynvml against a library that follows a script."""
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from pipeline.energy import Energy, EnergyMeter, meter_of
+from pipeline.errors import FatalError
 from pipeline.models import Output
 from tests.support import engines, models
 from tests.support.engines import predicted
@@ -131,11 +133,35 @@ def test_what_nvml_does_not_say_is_absent(script: Script, clock: Clock) -> None:
         assert (energy.gpu_uuid, energy.joules, energy.idle_joules) == (script.uuid(1), None, None)
 
 
-def test_there_is_no_meter_without_a_gpu(script: Script, mapped: list[torch.device]) -> None:
-    """A CPU has no meter, and a GPU that NVML does not know has one that says nothing."""
+async def test_a_device_that_is_lost_between_passes_is_no_models_fault(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails while the meter waits for the device is not laid on the model that was at work last."""
+    errors = iter(["", "", "CUDA error: unspecified launch failure"])
+
+    def synchronise() -> None:
+        if error := next(errors):
+            raise RuntimeError(error)
+
+    meter = EnergyMeter(script.uuid(1), synchronise)
+    monkeypatch.setattr("pipeline.inference.engine.meter_of", lambda device: meter)
+    async with engines.running() as bench:
+        bench.submit()
+        await bench.finished()
+        bench.submit()
+        with pytest.raises(FatalError, match=r"the device is lost: RuntimeError: CUDA error: unspecified"):
+            await asyncio.wait_for(bench.engine.fatal, 20)
+
+
+def test_there_is_no_meter_without_a_gpu(
+    script: Script, mapped: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU has no meter, nor a GPU without a name; one that NVML does not know has one that says nothing."""
     assert meter_of(torch.device("cpu")) is None
     script.set({"init": "!12"})
     meter = meter_of(CUDA)
     assert meter is not None
     meter.begin()
     assert meter.end().joules is None
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    assert meter_of(CUDA) is None

@@ -1,5 +1,7 @@
 """A GPU that nobody asked for predicts only if it works, and says what the CPU says."""
 
+import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,17 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from agents import predict
 from agents.predict import Predict
 from agents.replica import Use, in_thread
 from agents.watch import WatchStep
 from pipeline.deployments import Version
+from pipeline.energy import EnergyMeter
 from pipeline.errors import ConfigurationError
-from pipeline.events import Box
-from pipeline.inference import proof
+from pipeline.events import Box, ImageEvent, Record
+from pipeline.inference import Outcome, Predicted, Request, proof
 from pipeline.inference.proof import Placed, load_where_proved
 from pipeline.models import LoadOptions, Model, Output, load_models, precision, resolve_device
 from pipeline.settings import Settings, load
 from tests.support import logged as logs
+from tests.support import pictures
+from tests.support.nvml import Script
 from tests.support.twins import GPU
 
 CPU = torch.device("cpu")
@@ -108,6 +114,37 @@ async def test_predict_comes_out_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ConfigurationError, match="'builtin:fingerprint': does not load"):
         await _started(load(data_dir=tmp_path, device="cuda"), monkeypatch)
     assert len(logged.entries) == 1
+
+
+async def test_predict_measures_with_the_meter_of_the_proof(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: Script
+) -> None:
+    """What the GPU draws idle is known from before the proof's passes, and is charged to predictions."""
+    meter = EnergyMeter(script.uuid(1), lambda: None)
+    monkeypatch.setattr(proof, "meter_of", lambda device: meter if device == GPU else None)
+    monkeypatch.setattr(predict, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(
+        predict, "load_where_proved", lambda names, _, options: load_where_proved(names, GPU, options)
+    )
+    outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+
+    def deliver(step: Predict, pairs: Sequence[tuple[Request, Outcome]]) -> None:
+        for _, outcome in pairs:
+            outcomes.put_nowait(outcome)
+
+    monkeypatch.setattr(Predict, "_deliver", deliver)
+    step = await _started(load(data_dir=tmp_path, device="auto"), monkeypatch)
+    try:
+        assert step._device == GPU
+        assert step._engine is not None
+        record = Record(topic="images.bulk.v1", partition=0, offset=0, timestamp_ms=0)
+        event = ImageEvent(id="one", data=pictures.jpeg())
+        step._engine.submit(Request(event, record, "bulk", time.monotonic(), claim=lambda: True))
+        outcome = await asyncio.wait_for(outcomes.get(), 20)
+        assert isinstance(outcome, Predicted)
+        assert outcome.receipt.gpu_uuid == script.uuid(1)
+    finally:
+        await step.stop()
 
 
 async def _started(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Predict:
