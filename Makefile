@@ -9,6 +9,10 @@ PINNED = --quiet --universal --python-version 3.11 --generate-hashes --no-emit-i
 COMPILE = $(BIN)/uv pip compile pyproject.toml $(PINNED)
 PACKAGES := pipeline agents gateway loadtest millrace tests
 
+# Some images of Python set it. Each of the hundreds of processes that tests start would then compile what it imports:
+# 3 to 4 s of processor time for one that predicts.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help run test check lint unit bench soak bench-check cluster-check kube-score rights images asyncapi manifests dashboards requirements clean
 
