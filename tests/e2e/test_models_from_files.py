@@ -25,9 +25,9 @@ async def test_weights_of_ones_own_predict_over_kafka(spine: Spine, tmp_path: Pa
     save_file(network.state_dict(), path, metadata={"millrace": json.dumps({"labels": LABELS})})
     name = f"file:{path}#torchvision:mobilenet_v3_small"
     models = {"MILLRACE_MODELS": f"{name},builtin:quality"}
-    await spine.start("predict", "store", "archive", **models)
+    await spine.start("predict", "store", **models)
     await spine.send_many("tree", COUNT)
-    await spine.settled(whole=True)
+    await spine.settled("predict", "store", whole=True)
     versions = set()
     for image_id in spine.journal.places:
         (stored,) = await spine.database.predictions(image_id)

@@ -26,6 +26,8 @@ from tests.support.spine import Spine, under_load
 
 pytestmark = pytest.mark.timeout(240)
 
+# Nothing here is about pictures that are kept: no `archive` runs.
+STEPS = ("predict", "store")
 PYTHON = {"MILLRACE_ALLOW_PYTHON_MODELS": "true"}
 
 
@@ -83,7 +85,7 @@ def report_gaps(made: list[tuple[int, events.Prediction]], desired: Desired, unt
 
 async def test_a_swap_under_load(spine: Spine) -> None:
     """Two replicas go over to another version under load: every id has one result, and nothing mixes afterwards."""
-    await spine.start("predict", "predict", "store", "archive", **ENVIRONMENT)
+    await spine.start("predict", "predict", "store", **ENVIRONMENT)
     async with following(spine.settings) as follower:
         async with under_load(spine, "swap", rate_per_second=60):
             await spine.wait_stored(120)
@@ -97,7 +99,7 @@ async def test_a_swap_under_load(spine: Spine) -> None:
             "2",
             "2",
         ]
-    accounting = await spine.settled(max_repeated=0, whole=True)
+    accounting = await spine.settled(*STEPS, max_repeated=0, whole=True)
     assert accounting.results == accounting.sent
     made = await predictions(spine)
     # Each names the version that made it: the model's score is its version.
@@ -116,7 +118,7 @@ async def test_a_swap_under_load(spine: Spine) -> None:
 
 async def test_versions_that_cannot_run_are_refused(spine: Spine) -> None:
     """A version that fails to load or to warm up is refused with its reason, and the old one goes on."""
-    await spine.start("predict", "store", "archive", **ENVIRONMENT)
+    await spine.start("predict", "store", **ENVIRONMENT)
     bad = {
         "python:tests.support.models:failing_to_load": "no memory for 7,000,000,000 parameters",
         "python:tests.support.models:failing_warm_up": "no kernel image is available",
@@ -141,7 +143,7 @@ async def test_versions_that_cannot_run_are_refused(spine: Spine) -> None:
     assert worker.metric("millrace_model_swaps_total", result="refused") == 3
     assert worker.metric("millrace_model_swaps_total", result="swapped") == 2  # the first and the last
     assert worker.metric("millrace_models_revision") == 4
-    await spine.settled(max_repeated=0, whole=True)
+    await spine.settled(*STEPS, max_repeated=0, whole=True)
     made = {prediction.models[0].version: prediction.revision for _, prediction in await predictions(spine)}
     assert made.items() <= {"1": 0, "2": 4}.items()
     history = await spine.database.model_history("default", 10)
@@ -154,7 +156,7 @@ async def test_versions_that_cannot_run_are_refused(spine: Spine) -> None:
 
 async def test_python_models_need_the_workers_leave(spine: Spine) -> None:
     """Models that run code are refused by a worker that was not told to allow them, and garbage does nothing."""
-    await spine.start("predict", "store", "archive")
+    await spine.start("predict", "store")
     async with following(spine.settings) as follower:
         await activate(spine, versioned(2))
         (status,) = (await settled(follower, 1, replicas=1)).replicas.values()
@@ -164,14 +166,14 @@ async def test_python_models_need_the_workers_leave(spine: Spine) -> None:
         for value in (b"\xff", b"{}", b"[" * 5_000):
             await spine.publisher.publish(topic, events.Outgoing(b"default", value, (("x", b"\xff"),)))
         await spine.send_many("garbage", 10)
-        await spine.settled(whole=True)
+        await spine.settled(*STEPS, whole=True)
         assert follower.registry["default"].revision == 1
 
 
 async def test_a_replica_that_starts_later(spine: Spine) -> None:
     """It begins with the version that was activated before, or with that one's predecessor, and says so."""
     await activate(spine, versioned(2))
-    await spine.start("store", "archive")
+    await spine.start("store")
     (first,) = await spine.start("predict", **ENVIRONMENT)
     async with following(spine.settings) as follower:
         await settled(follower, 1, replicas=1)
@@ -189,7 +191,7 @@ async def test_a_replica_that_starts_later(spine: Spine) -> None:
         # A clean end takes a replica off the topic.
         await eventually(lambda: len(follower.registry["default"].replicas) == 1, 20.0)
         await spine.send_many("late", 10)
-        await spine.settled(whole=True)
+        await spine.settled(*STEPS, whole=True)
     assert {"2"} == {prediction.models[0].version for _, prediction in await predictions(spine)}
     assert {1} == {prediction.revision for _, prediction in await predictions(spine)}
 
@@ -199,7 +201,7 @@ async def test_a_version_that_kills_its_process(spine: Spine) -> None:
     own = ENVIRONMENT | {"MILLRACE_REPLICA": "predict-0"}
     await activate(spine, versioned(2))
     await activate(spine, "python:tests.support.models:aborting_at_load")
-    await spine.start("store", "archive")
+    await spine.start("store")
     for _ in range(3):
         worker = spine.crew.start("-m", "agents", "predict", **own)
         await asyncio.to_thread(worker.wait, 60.0)
@@ -211,13 +213,13 @@ async def test_a_version_that_kills_its_process(spine: Spine) -> None:
         assert "died 3 times in a row" in status.refused.reason
         assert status.revision == 1
         await spine.send_many("survived", 10)
-        await spine.settled(whole=True)
+        await spine.settled(*STEPS, whole=True)
 
 
 async def test_a_replica_killed_during_the_swap(spine: Spine) -> None:
     """A replica that is killed while it loads holds nobody up; it comes back with the new version."""
     names = [{"MILLRACE_REPLICA": f"predict-{number}"} for number in range(2)]
-    await spine.start("store", "archive")
+    await spine.start("store")
     victim, _ = [(await spine.start("predict", **ENVIRONMENT, **name))[0] for name in names]
     async with following(spine.settings) as follower, under_load(spine, "killed", rate_per_second=40):
         await spine.wait_stored(40)
@@ -236,7 +238,7 @@ async def test_a_replica_killed_during_the_swap(spine: Spine) -> None:
         reported_ms = datetime.now(UTC).timestamp() * 1000
         await spine.wait_stored(len(spine.journal) + 40)
     # What was in flight at the kill is done again, perhaps by the other version.
-    accounting = await spine.settled(max_repeated=60, max_superseded=60, whole=True)
+    accounting = await spine.settled(*STEPS, max_repeated=60, max_superseded=60, whole=True)
     assert accounting.results == accounting.sent
     after = [each for at, each in await predictions(spine) if at > reported_ms]
     assert {"2"} == {each.models[0].version for each in after}
@@ -246,14 +248,14 @@ async def test_redelivery_after_a_swap(spine: Spine) -> None:
     """What was predicted, not committed and is predicted again by newer models is shown once: the newest."""
     # Nothing is committed before the kill.
     own = ENVIRONMENT | {"MILLRACE_COMMIT_INTERVAL_SECONDS": "600"}
-    await spine.start("store", "archive")
+    await spine.start("store")
     (worker,) = await spine.start("predict", **own)
     await spine.send_many("again", 40)
     await spine.wait_stored(40)
     worker.kill()
     await activate(spine, versioned(2))
     await spine.start("predict", **ENVIRONMENT)
-    accounting = await spine.settled(max_repeated=40, max_superseded=40, whole=True)
+    accounting = await spine.settled(*STEPS, max_repeated=40, max_superseded=40, whole=True)
     assert (accounting.results, accounting.superseded) == (40, 40)
     for image_id in spine.journal.places:
         (shown,) = await spine.database.predictions(image_id)
@@ -265,7 +267,7 @@ async def test_redelivery_after_a_swap(spine: Spine) -> None:
 async def test_two_deployments_side_by_side(spine: Spine) -> None:
     """Two deployments predict the same pictures with models of their own; activating one leaves the other alone."""
     wild = ENVIRONMENT | {"MILLRACE_DEPLOYMENT": "wildlife", "MILLRACE_MODELS": versioned(7)}
-    await spine.start("store", "archive")
+    await spine.start("store")
     await asyncio.gather(spine.start("predict", **ENVIRONMENT), spine.start("predict", **wild))
     other = Spine(
         spine.settings.model_copy(update={"deployment": "wildlife"}), spine.crew, spine.database, spine.publisher,
@@ -279,7 +281,7 @@ async def test_two_deployments_side_by_side(spine: Spine) -> None:
         assert follower.registry["default"].revision == 0
     await spine.send_many("after", 30)
     for one in (spine, other):
-        accounting = await one.settled(whole=True, max_repeated=0)
+        accounting = await one.settled(*STEPS, whole=True, max_repeated=0)
         assert accounting.results == 60
     shown = [stored.prediction for stored in await spine.database.predictions("after-0")]
     assert {each.deployment: each.models[0].version for each in shown} == {"default": "1", "wildlife": "8"}
@@ -306,7 +308,7 @@ async def test_weights_from_another_machine(spine: Spine, tmp_path: Path) -> Non
     objects.close()
     shutil.rmtree(source)
     caches = [{"MILLRACE_MODEL_CACHE": str(tmp_path / f"cache-{number}")} for number in range(2)]
-    await spine.start("store", "archive")
+    await spine.start("store")
     await asyncio.gather(*(spine.start("predict", **cache) for cache in caches))
     async with following(spine.settings) as follower:
         await registry.activate(spine.settings, "default", names, activated_by="test", artefacts=files)
@@ -324,7 +326,7 @@ async def test_weights_from_another_machine(spine: Spine, tmp_path: Path) -> Non
     assert identity.model == named.format("otters.safetensors")
     assert identity.version == identity.digest[:12]
     await spine.send_many("otter", 20)
-    await spine.settled(whole=True)
+    await spine.settled(*STEPS, whole=True)
     results = [prediction.models[0] for _, prediction in await predictions(spine)]
     assert {(result.model, result.digest) for result in results} == {(identity.model, identity.digest)}
     assert {result.label for result in results} <= {"otter", "badger"}
