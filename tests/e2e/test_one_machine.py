@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,14 +30,33 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def up(environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "millrace", "up", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@contextmanager
+def up(environment: dict[str, str], folder: Path, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run the command until the block ends; what it prints goes to files named as the streams."""
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as messages:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "millrace", "up", *arguments],
+            env=environment,
+            stdout=out,
+            stderr=messages,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def printed(folder: Path) -> list[dict[str, Any]]:
+    """Return the whole lines that the command has printed so far."""
+    whole, _, _ = (folder / "stdout").read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def firing(lines: list[dict[str, Any]]) -> set[str]:
+    """Return the GPUs that alerts fire for."""
+    return {line["gpu_uuid"] for line in lines if line.get("state") == "firing"}
 
 
 def children_of(pid: int) -> list[int]:
@@ -50,46 +72,41 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def test_everything_on_one_machine(environment: dict[str, str]) -> None:
+def test_everything_on_one_machine(environment: dict[str, str], tmp_path: Path) -> None:
     """All samples and the alert come as expected, twice; data stay, Ctrl-C ends with 0, and no process is left."""
-    hot: set[str] = set()
-    for _ in range(2):
-        once = up(environment, "--once", "--samples", "12", "--json")
-        out, messages = once.communicate(timeout=180)
-        assert once.returncode == 0, messages
-        lines = [json.loads(line) for line in out.splitlines()]
-        results = [line for line in lines if "image_id" in line]
-        assert len(results) == 12
-        assert "12 of 12 samples" in messages
-        firing = {line["gpu_uuid"] for line in lines if line.get("state") == "firing"}
-        # A second alert of the run before may come only now: the first one ended that run.
-        assert len(firing - hot) == 1
-        hot |= firing
+    with up(environment, tmp_path, "--once", "--samples", "12", "--json") as once:
+        once.wait(timeout=180)
+    messages = (tmp_path / "stderr").read_text()
+    assert once.returncode == 0, messages
+    results = [line for line in printed(tmp_path) if "image_id" in line]
+    assert len(results) == 12
+    assert "12 of 12 samples" in messages
+    (hot,) = firing(printed(tmp_path))
 
-    serving = up(environment, "--samples", "1", "--replicas", "predict=2", "--no-fleet")
-    gateway = f"http://127.0.0.1:{environment['MILLRACE_GATEWAY_PORT']}"
-    try:
-        assert serving.stdout is not None
+    # Again on the same data, and to stay.
+    with up(environment, tmp_path, "--samples", "12", "--json", "--replicas", "predict=2") as serving:
 
-        def is_ready() -> bool:
-            assert serving.poll() is None
-            try:
-                with urllib.request.urlopen(f"{gateway}/readyz", timeout=2) as answer:
-                    return bool(answer.status == 200)
-            except OSError:
-                return False
+        def is_through() -> bool:
+            assert serving.poll() is None, (tmp_path / "stderr").read_text()
+            lines = printed(tmp_path)
+            # A second alert of the run before may come only now: the first one ended that run.
+            return (
+                len([line for line in lines if "image_id" in line]) == 12
+                and "12 of 12 samples" in (tmp_path / "stderr").read_text()
+                and len(firing(lines) - {hot}) == 1
+            )
 
-        eventually_sync(is_ready, 90)
+        eventually_sync(is_through, 180)
+        gateway = f"http://127.0.0.1:{environment['MILLRACE_GATEWAY_PORT']}"
+        with urllib.request.urlopen(f"{gateway}/readyz", timeout=5) as answer:
+            assert answer.status == 200
         first = results[0]["image_id"]
         with urllib.request.urlopen(f"{gateway}/v1/images/{first}", timeout=5) as answer:
             assert json.load(answer)["state"] == "predicted"
         children = children_of(serving.pid)
-        # Kafka, PostgreSQL, the gateway, two of predict, store, archive; watch, record and notify come later.
-        assert len(children) >= 7
+        # Kafka, PostgreSQL, the gateway, two of predict, store, archive, watch, record, notify.
+        assert len(children) >= 10
         serving.send_signal(signal.SIGINT)
-        serving.communicate(timeout=60)
-    finally:
-        if serving.poll() is None:
-            serving.kill()
+        serving.wait(timeout=60)
     assert serving.returncode == 0
     eventually_sync(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
