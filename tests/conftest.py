@@ -10,10 +10,28 @@ import pytest
 
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
-from tests.support import nvml, services
+from tests.support import java, nvml, services
 from tests.support.services import Share
 
 _SHARES = pytest.StashKey[list[Share]]()
+
+# The files that take longest, in this order. Workers are handed whole files: one of minutes that came last would
+# leave the others with nothing to do. All else follows as it is drawn.
+LONGEST = (
+    "e2e/test_delivery_faults.py",
+    "e2e/test_swap.py",
+    "e2e/test_dependency_faults.py",
+    "e2e/test_spine_faults.py",
+    "e2e/test_poison.py",
+    "integration/test_local.py",
+    "e2e/test_rotation.py",
+    "e2e/test_lost_ground.py",
+    "e2e/test_watch.py",
+    "e2e/test_measuring.py",
+    "integration/test_hf_models.py",
+    "e2e/test_storing.py",
+    "e2e/test_one_machine.py",
+)
 
 
 @pytest.fixture(scope="session")
@@ -79,18 +97,38 @@ def own_postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
 
 
 def _share(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory, name: str) -> Share:
-    # Under xdist every worker's folder lies in one of the run's, which is the place they have in common.
-    in_worker = hasattr(config, "workerinput")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if in_worker else base) / "services"
+    folder = _services_folder(config, tmp_path_factory)
     share = Share(folder, name, services.start_kafka if name == "kafka" else services.start_postgres)
     config.stash.setdefault(_SHARES, []).append(share)
     return share
 
 
+def _services_folder(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Under xdist every worker's folder lies in one of the run's, which is the place they have in common.
+    in_worker = hasattr(config, "workerinput")
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if in_worker else base) / "services"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _java_classes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let every broker of this run start with the classes that the shared one has archived, once it has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*java.use_classes(_services_folder(request.config, tmp_path_factory)))
+        yield
+
+
 def pytest_configure() -> None:
     """Let children get SIGINT, which some tests send: what a shell runs in the background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-randomly has drawn an order
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files start first."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in places), "LONGEST names a file that is not there"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

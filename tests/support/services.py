@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from millrace import ports
 from millrace.kafka import EmbeddedKafka
 from millrace.postgres import EmbeddedPostgres
+from tests.support.java import ClassDump
 
 T = TypeVar("T")
 
@@ -107,7 +108,14 @@ def start_kafka(folder: Path) -> Service:
         return Service(container.get_bootstrap_server(), container.stop)
     kafka = embedded_kafka(folder)
     kafka.start()
-    return Service(kafka.bootstrap_servers, kafka.stop)
+    assert kafka.pid is not None
+    dump = ClassDump(kafka.pid, folder.parent)
+
+    def stop() -> None:
+        dump.stop()
+        kafka.stop()
+
+    return Service(kafka.bootstrap_servers, stop)
 
 
 def start_postgres(folder: Path) -> Service:
