@@ -1,8 +1,10 @@
 """Header names that are not UTF-8 are read, whatever else is in the batch, and nothing else changes."""
 
+import google_crc32c
 import pytest
 from aiokafka.consumer import fetcher
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.util import calc_crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,3 +74,19 @@ def test_the_same_as_aiokafka_for_its_own_batches() -> None:
     assert (batch.is_transactional, batch.producer_id, batch.next_offset) == (True, 5, 1)
     (record,) = batch
     assert (record.key, record.value, record.headers) == (b"key", None, [("name", None), ("caf\u00e9", b"x")])
+
+
+@pytest.mark.parametrize("place", [21, 40, 61, -1])
+def test_a_batch_with_a_wrong_bit_is_told(place: int) -> None:
+    """The fetch is refused then: what a disk or a network spoiled is read by nobody."""
+    whole = bytearray(record_batch([RawRecord(b"k", b"v" * 50, ((b"name", b"x"),))], base_offset=0))
+    assert TolerantRecords(bytes(whole)).next_batch().validate_crc()
+    whole[place] ^= 4
+    assert not TolerantRecords(bytes(whole)).next_batch().validate_crc()
+
+
+def test_checksums_are_made_by_the_processor() -> None:
+    """Where a wheel brings compiled code; aiokafka's own sums are the same."""
+    assert google_crc32c.implementation == "c"
+    data = bytes(range(256)) * 40
+    assert google_crc32c.value(data) == calc_crc32c(data)
