@@ -23,7 +23,7 @@ run: $(READY) ## Run everything on this machine; make run ARGS=--once ends after
 	@$(BIN)/millrace up $(ARGS)
 
 test: $(READY) ## Run all tests against real Kafka and PostgreSQL; ARGS go to pytest
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint unit ## Format, lint, types, imports, unit tests
 
