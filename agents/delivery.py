@@ -193,6 +193,11 @@ class Delivery:
             self._inbox.add(delivered)
         self._changed.set()
 
+    @property
+    def open_records(self) -> int:
+        """How many records were fetched and are neither finished nor held."""
+        return sum(lane.open_records for lane in self._lanes.values())
+
     def fetchable(self, places: Iterable[TopicPartition]) -> set[TopicPartition]:
         """Return the partitions whose lane has room."""
         return {place for place in places if not self._lanes[topics.lane_of(place[0])].paused}

@@ -26,7 +26,7 @@ class Log:
 
     def __init__(self) -> None:
         self.position = 0
-        self._prefetch_backoff, self._fetch_max_wait_ms = 0.1, 500
+        self._prefetch_backoff, self._fetch_max_wait_ms, self._fetch_min_bytes = 0.1, 500, 1
         self.answers = asyncio.Event()
         self.answers.set()
         self._closed = False
@@ -228,6 +228,28 @@ async def test_a_paused_lane_keeps_no_fetch_of_the_other_waiting() -> None:
     await worker.fetch()
     assert worker.log._prefetch_backoff == 0.0
     assert worker.log._fetch_max_wait_ms < kafka_thread.FETCH_WAIT_MILLISECONDS
+
+
+async def test_a_busy_step_is_given_more_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While enough is open a fetch waits for company, a moment and no longer; else it ends at the first record."""
+    monkeypatch.setattr(kafka_thread, "BUSY_RECORDS", 2)
+    worker = Worker()
+    worker.assign()
+    worker.consumer.ownership = Ownership(GENERATION, {(BULK, 0): 0, (REALTIME, 0): 0})
+    await worker.fetch()
+    assert (worker.log._fetch_min_bytes, worker.log._fetch_max_wait_ms) == (1, 500)
+    await worker.fetch()
+    assert worker.log._fetch_min_bytes == kafka_thread.BUSY_FETCH_BYTES
+    assert worker.log._fetch_max_wait_ms == kafka_thread.BUSY_FETCH_WAIT_MILLISECONDS
+    worker.bench.delivery._lanes["bulk"].paused = True
+    await worker.fetch()
+    assert worker.log._fetch_min_bytes == 1
+    worker.bench.delivery._lanes["bulk"].paused = False
+    for delivered in await worker.bench.take(100):
+        assert delivered.claim()
+        delivered.finish("predicted")
+    await worker.fetch()
+    assert (worker.log._fetch_min_bytes, worker.log._fetch_max_wait_ms) == (1, 500)
 
 
 @pytest.mark.parametrize(
