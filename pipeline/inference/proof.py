@@ -18,7 +18,7 @@ from pipeline.energy import EnergyMeter, meter_of
 from pipeline.errors import MillraceError
 from pipeline.inference.forward import Forward
 from pipeline.models import LoadOptions, Model, Output, load_models
-from pipeline.models.precision import disagreement, structured_pictures
+from pipeline.models.disagreement import disagreement, structured_pictures
 
 # A batch, small enough for large models on a CPU.
 _PICTURES = 4

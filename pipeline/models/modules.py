@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline import logs
 from pipeline.imaging import View
 from pipeline.models import precision
+from pipeline.models.disagreement import structured_pictures
 from pipeline.models.fusion import folded
 from pipeline.models.preprocessing import Normaliser, Preprocessing
 from pipeline.models.protocol import Output, Task
@@ -132,4 +133,4 @@ class ModuleModel:
         self._network, self._dtype = network, dtype
 
     def _pictures(self, count: int) -> Any:
-        return precision.structured_pictures(self.view, count, self._device)
+        return structured_pictures(self.view, count, self._device)

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.events import Box
 from pipeline.imaging import View
 from pipeline.models import LoadOptions, Output, WrongOutputError, modules, precision, torch_threads, weights
+from pipeline.models.disagreement import disagreement, structured_pictures
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Normaliser, Preprocessing, check_against, probe_picture
 from pipeline.models.specification import Specification
@@ -260,10 +261,10 @@ def test_a_precision_that_is_asked_for_is_taken(wanted: str) -> None:
     network = Network()
     found = model(network, precision=wanted)
     found.warm_up()
-    pixels = precision.structured_pictures(VIEW, 3, CPU)
+    pixels = structured_pictures(VIEW, 3, CPU)
     reference = model(Network())
     assert found.precision == {"bf16": "bfloat16", "fp32": "float32"}[wanted]
-    assert precision.disagreement(reference.forward(pixels), found.forward(pixels)) < 1
+    assert disagreement(reference.forward(pixels), found.forward(pixels)) < 1
     assert network.head.weight.dtype == torch.float32
     assert found.digest == reference.digest
 
@@ -305,17 +306,6 @@ def test_a_busy_machine_does_not_decide_the_precision() -> None:
     assert precision.is_worthwhile("less", computing(12, 0.0), computing(4, 0.01), lambda n: n, CPU)
     assert not precision.is_worthwhile("more", computing(4, 0.01), computing(12, 0.0), lambda n: n, CPU)
     assert torch.get_num_threads() == threads
-
-
-def test_what_is_not_finite_never_agrees() -> None:
-    """An overflow in fewer bits is a disagreement, wherever it is."""
-    good = Output(label="a", score=0.5, scores={"a": 0.5, "b": 0.5})
-    for bad in ({"a": float("nan"), "b": 0.5}, {"a": 0.5, "b": float("inf")}):
-        assert precision.disagreement([good], [Output(label="a", score=0.5, scores=bad)]) == float("inf")
-    vector = Output(embedding=np.array([0.6, 0.8], np.float32))
-    other = Output(embedding=np.array([np.nan, 0.8], np.float32))
-    assert precision.disagreement([vector], [other]) == float("inf")
-    assert precision.disagreement([Output(score=1.0)], [Output(score=1.01)]) == pytest.approx(0.5)
 
 
 def test_tensors_must_fit(tmp_path: Path) -> None:

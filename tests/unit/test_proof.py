@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from agents.watch import WatchStep
 from pipeline.deployments import Version
 from pipeline.energy import EnergyMeter
 from pipeline.errors import ConfigurationError
-from pipeline.events import Box, ImageEvent, Record
+from pipeline.events import ImageEvent, Record
 from pipeline.inference import Outcome, Predicted, Request, proof
 from pipeline.inference.proof import Placed, load_where_proved
-from pipeline.models import LoadOptions, Model, Output, load_models, precision, resolve_device
+from pipeline.models import LoadOptions, Model, Output, resolve_device
+from pipeline.models.disagreement import disagreement, structured_pictures
 from pipeline.settings import Settings, load
 from tests.support import logged as logs
 from tests.support import pictures
@@ -50,17 +50,6 @@ def test_a_gpu_that_says_the_same_is_taken(monkeypatch: pytest.MonkeyPatch, on_g
     assert torch.backends.cudnn.allow_tf32  # as before
 
 
-def test_labels_that_flip_are_no_disagreement() -> None:
-    """Of random weights' thousand labels other five may be the best, no better than the rest."""
-    models = [
-        load_models("python:tests.support.twins:classifier?on_gpu=rounds", device, OPTIONS)[0]
-        for device in (CPU, GPU)
-    ]
-    ours, theirs = (model.forward(precision.structured_pictures(model.view, 4, CPU)) for model in models)
-    assert all(set(one.scores) != set(other.scores) for one, other in zip(ours, theirs, strict=True))
-    assert precision.disagreement(ours, theirs) < 0.1
-
-
 @pytest.mark.parametrize(
     ("name", "on_gpu", "said"),
     [
@@ -81,7 +70,7 @@ def test_one_that_fails_or_says_something_else_is_left_alone(
     logged = logs.capture(monkeypatch, proof)
     found = placed("classifier", f"{name}?on_gpu={on_gpu}")
     assert found.device == CPU
-    assert precision.disagreement(_outputs(found.models[1]), _outputs(placed(name).models[0])) < 1e-3
+    assert disagreement(_outputs(found.models[1]), _outputs(placed(name).models[0])) < 1e-3
     entry = logged.entries[0]
     assert (entry["event"], entry["log_level"]) == (UNPROVED, "warning")
     assert said in entry["reason"]
@@ -178,48 +167,7 @@ async def _nothing() -> None:
 
 
 def _outputs(model: Model) -> list[Output]:
-    return model.forward(precision.structured_pictures(model.view, 4, CPU))
-
-
-def test_scores_of_either_side_count() -> None:
-    """A label that only one of the two has among its best must be about as good as the other's last."""
-    one = Output(label="a", score=0.5, scores={"a": 0.5, "b": 0.5})
-    other = Output(label="c", score=0.9, scores={"c": 0.9, "a": 0.5})
-    for pair in ((one, other), (other, one)):
-        assert precision.disagreement(*([output] for output in pair)) == pytest.approx(0.4 / 0.02)
-
-
-def found(*boxes: tuple[str, float, float]) -> Output:
-    """Return 100 x 100 boxes of these labels, scores and left edges."""
-    return Output(boxes=tuple(Box(label, score, left, 0, left + 100, 100) for label, score, left in boxes))
-
-
-CAT, DOG, FAINT = ("cat", 0.9, 0.0), ("dog", 0.8, 200.0), ("cat", 0.51, 500.0)
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "lacking"),
-    [
-        ([CAT, DOG], [("cat", 0.89, 10.0), ("dog", 0.81, 190.0)], 0),  # moved
-        ([CAT, FAINT], [CAT], 0),  # just above the threshold on one side
-        ([CAT], [], 1),
-        ([CAT, DOG], [CAT], 1 / 3),  # of three boxes on either side one has no like
-        ([CAT], [("dog", 0.9, 0.0)], 1),
-        ([CAT], [("cat", 0.9, 60.0)], 1),
-        ([CAT], [("cat", 0.8, 0.0)], 1),
-        ([CAT], [("cat", 0.9, float("nan"))], 1),
-        ([], [], 0),
-        ([("cat", 0.3, 0.0), ("cat", 0.1, 200.0)], [("cat", 0.3, 0.0)], 0),  # thresholds may be lower
-        ([("cat", 0.8, 300.0 * n) for n in range(100)], [("cat", 0.8, 300.0 * n) for n in range(50, 150)], 0),
-    ],
-)  # fmt: skip
-def test_boxes_are_looked_for_on_either_side(
-    ours: Sequence[Any], theirs: Sequence[Any], lacking: float
-) -> None:
-    """Boxes clear of the threshold must be on both sides, with the same label, about the same place and score."""
-    expected = pytest.approx(lacking / precision.BOX_TOLERANCE)
-    assert precision.disagreement([found(*ours)], [found(*theirs)]) == expected
-    assert precision.disagreement([found(*theirs)], [found(*ours)]) == expected
+    return model.forward(structured_pictures(model.view, 4, CPU))
 
 
 def test_auto_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
