@@ -36,7 +36,9 @@ def disagreement(reference: Sequence[Output], other: Sequence[Output]) -> float:
 def _disagreement(reference: Output, other: Output) -> float:
     shares = [0.0 if reference.is_finite and other.is_finite else float("inf")]
     if reference.embedding is not None and other.embedding is not None:
-        shares.append(float(1 - reference.embedding @ other.embedding) / COSINE_TOLERANCE)
+        lengths = np.linalg.norm(reference.embedding) * np.linalg.norm(other.embedding)
+        cosine = float(reference.embedding @ other.embedding) / max(float(lengths), 1e-30)
+        shares.append((1 - cosine) / COSINE_TOLERANCE)
     elif reference.scores:
         for ours, theirs in ((reference.scores, other.scores), (other.scores, reference.scores)):
             # A label that is not among the other's best is there no better than the last of them.

@@ -68,6 +68,13 @@ def test_boxes_are_looked_for_on_either_side(
     assert disagreement([found(*theirs)], [found(*ours)]) == expected
 
 
+@pytest.mark.parametrize(("other", "apart"), [((30.0, 40.0), 0), ((-3.0, -4.0), 1000), ((4.0, -3.0), 500)])
+def test_vectors_are_compared_by_their_directions(other: tuple[float, float], apart: float) -> None:
+    """As a search does, whatever their lengths; code of one's own need not make them 1."""
+    ours, theirs = (Output(embedding=np.array(each, np.float32)) for each in ((3.0, 4.0), other))
+    assert disagreement([ours], [theirs]) == pytest.approx(apart, abs=1e-3)
+
+
 def test_what_is_not_finite_never_agrees() -> None:
     """An overflow in fewer bits is a disagreement, wherever it is."""
     good = Output(label="a", score=0.5, scores={"a": 0.5, "b": 0.5})
