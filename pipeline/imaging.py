@@ -51,8 +51,8 @@ LARGE_PIXELS = 16_000_000
 # 10, thousands are an attack on the processor (libjpeg-turbo's own fuzzers stop at 500).
 MAX_JPEG_SCANS = 100
 # What a crop leaves out above and to its left, once resized: of a file of a kilobyte, 1 x 65,535 pixels large, that
-# were 6 GB. In pictures up to 100 times as long as wide it is less, for a crop of 224 of 256 pixels.
-MAX_CUT_OFF_PIXELS = 4_000_000
+# were 6 GB. In pictures up to 30 times as long as wide it is less, for a crop of 224 of 256 pixels.
+MAX_CUT_OFF_PIXELS = 1_000_000
 MAX_REASON_CHARACTERS = 200
 
 Window = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -109,6 +109,8 @@ class View:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be seen."""
+        if min(self.width, self.height) < 1:
+            raise ValueError(f"a view of {self.width} x {self.height} shows nothing")
         if (self.fit == "crop") != (self.shorter_side is not None):
             raise ValueError("`shorter_side` belongs to crop, and to crop alone")
         if self.shorter_side is not None and self.shorter_side < max(self.width, self.height):

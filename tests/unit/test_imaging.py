@@ -158,6 +158,9 @@ def test_a_view_that_makes_no_sense_is_refused(fit: Literal["stretch", "crop"], 
     """A crop says what it is cut from, and is not larger."""
     with pytest.raises(ValueError, match="crop"):
         View(64, 32, fit, shorter_side)
+    for size in ((0, 32), (64, -1)):
+        with pytest.raises(ValueError, match="shows nothing"):
+            View(*size)
 
 
 @pytest.mark.parametrize("view", [View(224, 224), View(224, 224, "crop", 256), View(320, 200, "inside")])
