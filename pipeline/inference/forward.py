@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -135,6 +136,11 @@ class Forward:
             raise _cannot_start(self._at_work, f"{type(error).__name__}: {error}") from error
         if None in results:
             raise _cannot_start(self._at_work, f"{_NOT_FINITE} for a reference picture")
+        for result in results[0] or ():
+            try:
+                msgspec.json.decode(msgspec.json.encode(result), type=ModelResult)
+            except (TypeError, msgspec.MsgspecError) as error:
+                raise _cannot_start(result.model, f"its output cannot be published: {error}") from None
 
     def can_take(self, work: Work) -> bool:
         """Whether a record was decoded for these models, or is not decoded yet."""
@@ -218,7 +224,9 @@ class Forward:
         """Say whose fault outputs are that make no sense for a record alone: its own, or the models'."""
         try:
             is_clean = None not in self._pass([_reference(self.views)])
-        except Exception:  # a model may raise anything
+        except Exception as error:  # a model may raise anything
+            if _is_device_lost(error):
+                raise FatalError(f"the device is lost: {self._reason(error)}") from error
             is_clean = False
         if is_clean:
             return ImageError(

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import ConfigurationError, ImageError, ModelError
+from pipeline.errors import ConfigurationError, FatalError, ImageError, ModelError
 from pipeline.imaging import View
 from pipeline.inference import Predicted
 from pipeline.inference.forward import _stacked
-from pipeline.models import LoadOptions
+from pipeline.models import LoadOptions, Output
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.models.specification import Specification
@@ -176,3 +176,38 @@ def test_pictures_are_stacked_into_pinned_memory(monkeypatch: pytest.MonkeyPatch
     for pinned in (False, True):
         assert np.array_equal(_stacked(pictures, pinned=pinned).numpy(), np.stack(pictures))
     assert asked == [True]
+
+
+async def test_a_device_that_is_lost_with_the_reference_is_nobodys_fault() -> None:
+    """A GPU that dies after a senseless output ends the process: no record is blamed for it."""
+
+    def behave(batch: torch.Tensor) -> list[Output]:
+        if calls := len(model.batch_sizes) - 1:
+            raise RuntimeError(f"CUDA error: an illegal memory access, call {calls}")
+        return [Output(score=float("nan"))]
+
+    model = models.BehavingModel("dying", behave)
+    async with running(model) as bench:
+        bench.submit()
+        with pytest.raises(FatalError, match="the device is lost: test:dying: RuntimeError: CUDA error"):
+            await asyncio.wait_for(bench.engine.fatal, 20)
+        assert not bench.outcomes
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (Output(score=np.float32(1)), "float32"),  # type: ignore[arg-type]
+        (Output(label=7, score=1.0), "Expected `str | null`, got `int`"),  # type: ignore[arg-type]
+    ],
+)
+async def test_an_output_that_cannot_be_published_does_not_start(output: Output, reason: str) -> None:
+    """Numbers that are not Python's would end the process at its first publication."""
+    model = models.BehavingModel("odd", lambda batch: [output] * len(batch))
+    model.warm_up = lambda: None  # type: ignore[method-assign]
+    async with running() as bench:
+        with pytest.raises(
+            ConfigurationError, match="'test:odd' fails its warm-up: its output cannot be"
+        ) as error:
+            await asyncio.to_thread(bench.engine.warm_up, [model])
+    assert reason in str(error.value)
