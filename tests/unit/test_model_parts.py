@@ -289,6 +289,24 @@ def test_fewer_bits_are_taken_only_if_faster_and_as_good(
     assert found.precision == ("bfloat16" if taken else "float32")
 
 
+def test_a_network_that_fails_in_fewer_bits_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody asked for and does not work here is left, and no reason to refuse the model."""
+    monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
+    network = Network()
+
+    class Picky(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError('"picky" not implemented for BFloat16')
+            return network(pixels)
+
+    found = model(Picky(), precision="auto")
+    found.warm_up()
+    assert found.precision == "float32"
+    with pytest.raises(RuntimeError, match="picky"):
+        model(Picky(), precision="bf16").warm_up()
+
+
 def test_a_busy_machine_does_not_decide_the_precision() -> None:
     """What a pass waits for while others have the cores does not count: only what it computes does."""
     pixels = torch.rand(200, 200)
