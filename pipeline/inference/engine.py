@@ -101,9 +101,8 @@ class Engine:
             on_hang=self._fail,
         )
         self._batcher: Batcher[Work] = Batcher(options.max_batch_size, options.max_batch_bytes)
-        threads = options.decode_threads or len(
-            os.sched_getaffinity(0)
-        )  # a container has fewer than the machine
+        # Of the machine's cores a container may have a few.
+        threads = options.decode_threads or len(os.sched_getaffinity(0))
         self._decoder = Decoder(self._swap.views, options.limits, threads, self._wake)
         self._fetcher = Fetcher(
             fetch,

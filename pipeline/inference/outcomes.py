@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -86,7 +86,7 @@ class Work:
     decode_ended_at: float = 0.0
     fetch_attempts: int = 0
     missing_since: float | None = None
-    fetch_slot: bool = field(default=False)
+    fetch_slot: bool = False
 
     @classmethod
     def of(cls, request: Request) -> "Work":

@@ -105,7 +105,7 @@ def _load(text: str, device: torch.device, options: LoadOptions) -> Model:
     if specification.source == "python":
         if not options.allow_python:
             raise specification.error("it runs code; MILLRACE_ALLOW_PYTHON_MODELS=true allows it")
-        return _load_python(text, device)
+        return _load_python(specification, device)
     if text not in _BUILTIN and (specification.source not in _SOURCES or not specification.name):
         raise ConfigurationError(f"MILLRACE_MODELS: unknown model {text!r}; known: {_known()}")
     try:
@@ -119,14 +119,13 @@ def _load(text: str, device: torch.device, options: LoadOptions) -> Model:
         raise specification.error(f"does not load: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _load_python(text: str, device: torch.device) -> Model:
-    specification = Specification.parse(text)
+def _load_python(specification: Specification, device: torch.device) -> Model:
     module_name, _, attribute = specification.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         return cast(Model, factory(device, **specification.options))
     except Exception as error:  # the code of the model may raise anything
-        raise specification.error(f"does not load: {type(error).__name__}: {error}") from error
+        raise specification.error(f"does not load: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _known() -> str:
