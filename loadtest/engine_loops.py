@@ -12,6 +12,7 @@ kafka: the best loop behind a consumer, with results awaited from the broker bef
 """
 
 import asyncio
+import contextlib
 import io
 import itertools
 import os
@@ -46,6 +47,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEED = 7
 WARM_UP_IMAGES = 64
 DECODE_AHEAD_BATCHES = 2
+# For each client, when the loop ends; whoever measures waits for it.
+STOP_SECONDS = 2.0
 
 Top = list[tuple[int, float]]
 
@@ -173,7 +176,8 @@ class Overlap:
         self._running = False
         self._go()
         for answer, top in zip(answers, tops, strict=True):
-            answer.set_result(top)
+            if not answer.done():  # cancelled with whoever waited for it
+                answer.set_result(top)
 
 
 async def online(net: Net, pictures: Sequence[bytes], rate: float, seconds: float, seed: int) -> list[float]:
@@ -196,9 +200,7 @@ async def online(net: Net, pictures: Sequence[bytes], rate: float, seconds: floa
 
 
 async def kafka(net: Net, name: str, settings: Settings) -> None:
-    """Consume both lanes and produce predictions until SIGTERM."""
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    """Consume both lanes and produce predictions until SIGTERM, which drops what is open."""
     consumer = AIOKafkaConsumer(
         settings.topic(IMAGES_REALTIME.name),
         settings.topic(IMAGES_BULK.name),
@@ -213,6 +215,23 @@ async def kafka(net: Net, name: str, settings: Settings) -> None:
     producer = AIOKafkaProducer(
         **client_options(settings), acks="all", enable_idempotence=True, max_request_size=MAX_REQUEST_BYTES
     )
+    working = asyncio.create_task(_work(net, name, settings, consumer, producer))
+    # Cancelled, not asked: without a broker a commit is tried for ever, and so is a flush.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, working.cancel)
+    try:
+        await asyncio.wait({working})
+    finally:
+        for client in (producer, consumer):
+            # A consumer that is stopped while it waits for a broker raises the cancellation of its own tasks.
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(client.stop(), STOP_SECONDS)
+    if not working.cancelled():
+        working.result()
+
+
+async def _work(
+    net: Net, name: str, settings: Settings, consumer: AIOKafkaConsumer, producer: AIOKafkaProducer
+) -> None:
     await consumer.start()
     await producer.start()
     overlap = Overlap(net)
@@ -227,7 +246,7 @@ async def kafka(net: Net, name: str, settings: Settings) -> None:
         out = events.encode_prediction(_prediction(event, record, name, top))
         await (await producer.send(topic, out.value, out.key, headers=list(out.headers)))
 
-    while not stop.is_set():
+    while True:
         fetched = await consumer.getmany(timeout_ms=200, max_records=4 * BATCH)
         for raw in itertools.chain.from_iterable(fetched.values()):
             await room.acquire()
@@ -240,8 +259,6 @@ async def kafka(net: Net, name: str, settings: Settings) -> None:
             task.add_done_callback(open_ones.discard)
         if not open_ones and fetched:
             await consumer.commit()
-    await producer.stop()
-    await consumer.stop()
 
 
 def _prediction(event: events.ImageEvent, record: events.Record, name: str, top: Top) -> events.Prediction:
