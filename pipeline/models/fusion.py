@@ -8,6 +8,7 @@ while another thread predicts.
 
 import copy
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def folded(network: nn.Module, pixels: Tensor) -> nn.Module:
     if not sum(pairs):
         return network
     with torch.inference_mode():
-        if _are_close(network(pixels), other(pixels)):
+        if are_close(network(pixels), other(pixels)):
             return other
     _log.info("normalisation is not folded: the outputs would differ", pairs=sum(pairs))
     return network
@@ -49,8 +50,19 @@ def _fold(module: nn.Module) -> int:
     return pairs
 
 
-def _are_close(reference: Any, other: Any) -> bool:
-    if not isinstance(reference, Tensor) or not isinstance(other, Tensor):
+def are_close(reference: Any, other: Any) -> bool:
+    """Whether what two networks return is the same: tensors, or what holds them by name or in order."""
+    if isinstance(reference, Tensor) and isinstance(other, Tensor):
+        if reference.shape != other.shape or not reference.is_floating_point():
+            return torch.equal(reference, other)
+        scale = max(float(reference.abs().max()), torch.finfo(torch.float32).tiny) if reference.numel() else 0
+        return bool(((reference - other).abs() <= TOLERANCE * scale).all())
+    if type(reference) is not type(other):
         return False
-    scale = float(reference.abs().max())
-    return bool((reference - other).abs().max() <= TOLERANCE * max(scale, torch.finfo(torch.float32).tiny))
+    if isinstance(reference, Mapping):
+        return reference.keys() == other.keys() and all(
+            are_close(reference[key], other[key]) for key in reference
+        )
+    if isinstance(reference, (list, tuple)):
+        return len(reference) == len(other) and all(map(are_close, reference, other))
+    return isinstance(reference, (type(None), bool, int, float, str)) and reference == other

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline import logs
 from pipeline.imaging import View
-from pipeline.models import precision
+from pipeline.models import packing, precision
 from pipeline.models.disagreement import structured_pictures
 from pipeline.models.fusion import folded
 from pipeline.models.preprocessing import Normaliser, Preprocessing
@@ -75,11 +75,13 @@ class ModuleModel:
         return str(self._dtype or torch.float32).removeprefix("torch.")
 
     def warm_up(self) -> None:
-        """Fold, choose the precision, compile if asked to, then run one picture and the largest batch."""
+        """Fold, choose the precision, pack or compile, then run one picture and the largest batch."""
         if not self._is_warm:
             if not self._is_program and self.view.fit != "inside":
                 self._network = folded(self._network, self._normalise(self._pictures(1)))
+            full = self._network
             self._choose_precision()
+            self._pack(full)
             if self._options.compile and self.view.fit == "inside":
                 _log.warning("not compiled: its pictures vary in size", model=self.name)
             elif self._options.compile:
@@ -131,6 +133,17 @@ class ModuleModel:
         ):
             return
         self._network, self._dtype = network, dtype
+
+    def _pack(self, full: nn.Module) -> None:
+        # Pictures that vary in size need layouts that vary; what is compiled is packed by the compiler.
+        if self._is_program or self.view.fit == "inside" or self._options.compile:
+            return
+        if not packing.is_possible(self._network, self._device):
+            return
+        pixels = self._normalise(self._pictures(1))
+        self._network = packing.packed_if_faster(
+            packing.Candidate(self.name, full, self._network, self._dtype), pixels, self._run, self._pictures
+        )
 
     def _pictures(self, count: int) -> Any:
         return structured_pictures(self.view, count, self._device)

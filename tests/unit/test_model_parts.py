@@ -16,7 +16,16 @@ from torch import nn
 from pipeline.errors import ConfigurationError
 from pipeline.events import Box
 from pipeline.imaging import View
-from pipeline.models import LoadOptions, Output, WrongOutputError, modules, precision, torch_threads, weights
+from pipeline.models import (
+    LoadOptions,
+    Output,
+    WrongOutputError,
+    modules,
+    precision,
+    torch_threads,
+    trial,
+    weights,
+)
 from pipeline.models.disagreement import disagreement, structured_pictures
 from pipeline.models.modules import ModuleModel
 from pipeline.models.preprocessing import Normaliser, Preprocessing, check_against, probe_picture
@@ -283,7 +292,7 @@ def test_fewer_bits_are_taken_only_if_faster_and_as_good(
         full.append(len(full) % 2 == 0)  # they are timed in turns, after one alone
         return 1.0 if len(full) == 1 else (1.0 if len(full) % 2 == 0 else speed)
 
-    monkeypatch.setattr(precision, "_seconds", seconds)
+    monkeypatch.setattr(trial, "_seconds", seconds)
     found = model(Network(is_coarse=is_coarse), precision="auto")
     found.warm_up()
     assert found.precision == ("bfloat16" if taken else "float32")
@@ -311,7 +320,7 @@ def test_a_busy_machine_does_not_decide_the_precision() -> None:
     """What a pass waits for while others have the cores does not count: only what it computes does."""
     pixels = torch.rand(200, 200)
 
-    def computing(products: int, waits: float) -> precision.Run:
+    def computing(products: int, waits: float) -> trial.Run:
         def run(batch: Any) -> list[Output]:
             time.sleep(waits)
             for _ in range(products):

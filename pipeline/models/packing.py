@@ -1,0 +1,202 @@
+"""Convolutions with their weights packed once, and the activation after them, for oneDNN on CPUs.
+
+torch reorders the weights of a convolution whenever it runs, and passes over its output again for the activation.
+The operators that its compiler emits on CPUs do neither. They are private to torch, so nothing depends on them:
+they are tried on a copy, and believed when outputs are the same and it is faster. A network that cannot be packed,
+for whatever reason, runs as it is.
+"""
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import logs
+from pipeline.models.fusion import are_close
+from pipeline.models.protocol import Output
+from pipeline.models.trial import trial
+from pipeline.models.weights import one_line
+
+# Fewer, as where a transformer cuts a picture into patches, are not worth the trial.
+_FEWEST_CONVOLUTIONS = 2
+# Of what fewer bits may change: 0.001 of a probability, as much as folding may.
+_FLOAT32_DIFFERENCE = 0.05
+_PACKABLE = (torch.float32, torch.bfloat16)
+
+Run = Callable[[nn.Module, torch.dtype | None, Any], list[Output]]
+_Fused = tuple[str, list[float], str]  # the operator's names for an activation, its numbers and its algorithm
+
+# What torch's Inductor fuses, by these names (torch/_inductor/fx_passes/mkldnn_fusion.py).
+_NOTHING: _Fused = ("none", [], "")
+_FUSED: dict[type[nn.Module], Callable[[Any], _Fused]] = {
+    nn.ReLU: lambda _: ("relu", [], ""),
+    nn.ReLU6: lambda layer: ("hardtanh", [layer.min_val, layer.max_val], ""),
+    nn.Hardtanh: lambda layer: ("hardtanh", [layer.min_val, layer.max_val], ""),
+    nn.LeakyReLU: lambda layer: ("leaky_relu", [layer.negative_slope], ""),
+    nn.Hardswish: lambda _: ("hardswish", [], ""),
+    nn.Hardsigmoid: lambda _: ("hardsigmoid", [], ""),
+    nn.SiLU: lambda _: ("swish", [], ""),
+    nn.Sigmoid: lambda _: ("sigmoid", [], ""),
+    nn.Tanh: lambda _: ("tanh", [], ""),
+    nn.GELU: lambda layer: ("gelu", [], layer.approximate),
+}
+
+_log = logs.get(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that would run in `dtype` (None: float32), and `full`, the same in float32."""
+
+    name: str
+    full: nn.Module
+    network: nn.Module
+    dtype: torch.dtype | None
+
+
+class Packed(nn.Module):
+    """A convolution and what follows it; its weights are in the order in which oneDNN reads them."""
+
+    def __init__(self, convolution: nn.Conv2d, fused: _Fused = _NOTHING) -> None:
+        super().__init__()
+        numbers = (convolution.padding, convolution.stride, convolution.dilation)
+        self._geometry = (*map(list, numbers), convolution.groups)
+        self._fused = fused
+        weight = torch.ops.mkldnn._reorder_convolution_weight(
+            convolution.weight.detach(), *self._geometry, None
+        )
+        # Still parameters: they count as the network's, and tell their dtype to who asks.
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = convolution.bias
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Convolve (N, C, H, W); autocast does not know the operator, so that the input is converted here."""
+        pixels = pixels.to(self.weight.dtype)
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            pixels, self.weight, self.bias, *self._geometry, *self._fused
+        )
+        return out
+
+
+def is_possible(network: nn.Module, device: torch.device) -> bool:
+    """Whether this torch has the operators, and the network enough of what they could speed up."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    operators = ("_reorder_convolution_weight", "_convolution_pointwise")
+    if not all(hasattr(torch.ops.mkldnn, operator) for operator in operators):
+        return False
+    return sum(map(_is_packable, network.modules())) >= _FEWEST_CONVOLUTIONS
+
+
+def packed_if_faster(
+    candidate: Candidate, pixels: Tensor, run: Run, pictures: Callable[[int], Any]
+) -> nn.Module:
+    """Return the network packed if that is as good and faster here, or itself.
+
+    `pixels` (N, 3, H, W) float32 are to compare on; `run(network, dtype, batch)` evaluates what `pictures(n)`
+    draws.
+    """
+    name, full, network, dtype = candidate.name, candidate.full, candidate.network, candidate.dtype
+    try:
+        other = packed(full)
+        # In float32, where nothing but a wrong guess about the network makes a difference.
+        with torch.inference_mode():
+            is_same = are_close(full(pixels), other(pixels))
+        if not is_same:
+            _log.info("convolutions are not packed: the outputs would differ", model=name)
+            return network
+        if network is not full:
+            other = packed(network)
+        result = trial(
+            lambda batch: run(network, dtype, batch),
+            lambda batch: run(other, dtype, batch),
+            pictures,
+            pixels.device,
+            reference=lambda batch: run(full, None, batch),
+        )
+    except Exception as error:  # private operators may refuse anything, in any way
+        _log.info("convolutions are not packed: it fails", model=name, error=one_line(error))
+        return network
+    taken = result.difference <= (1 if dtype else _FLOAT32_DIFFERENCE) and result.is_faster
+    _log.info(
+        "packing chosen",
+        model=name,
+        packed=taken,
+        of_tolerance=round(result.difference, 3),
+        before_seconds=round(result.before_seconds, 5),
+        after_seconds=round(result.after_seconds, 5),
+        pictures=result.pictures,
+    )
+    return other if taken else network
+
+
+def packed(network: nn.Module) -> nn.Module:
+    """Return a copy with its convolutions packed, which shares every other tensor with the network."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    other = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    modules = list(other.modules())
+    places = Counter(id(child) for module in modules for child in module._modules.values())
+    done: dict[int, nn.Module] = {}  # one that is in several places stays one
+    for module in modules:
+        followed = _followed(module, places)
+        for name, layer in list(module._modules.items()):
+            if not _is_packable(layer):
+                continue
+            fused = _NOTHING
+            if name in followed:
+                following = followed[name]
+                activation = module.get_submodule(following)
+                fused = _FUSED[type(activation)](activation)
+                module._modules[following] = nn.Identity()
+            if id(layer) not in done:
+                done[id(layer)] = Packed(layer, fused)
+            module._modules[name] = done[id(layer)]
+    return other
+
+
+def _followed(module: nn.Module, places: Counter[int]) -> dict[str, str]:
+    """Return which children are convolutions followed by nothing but an activation, and that: names to names.
+
+    Only of a `Sequential`, which runs its children in their order, and where the convolution has no other place.
+    """
+    if type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__:
+        return {}
+    layers = [
+        (name, layer)
+        for name, layer in module._modules.items()
+        if layer is not None and not _is_nothing(layer)
+    ]
+    return {
+        name: following
+        for (name, layer), (following, activation) in itertools.pairwise(layers)
+        if _is_packable(layer)
+        and places[id(layer)] == 1
+        and type(activation) in _FUSED
+        and not _is_watched(activation)
+    }
+
+
+def _is_nothing(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity and not _is_watched(layer)
+
+
+def _is_packable(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    # Exactly this class: others may do more.
+    return (
+        type(layer) is nn.Conv2d
+        and isinstance(layer.padding, tuple)
+        and layer.padding_mode == "zeros"
+        and layer.weight.dtype in _PACKABLE
+        and not _is_watched(layer)
+    )
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether something else happens when the layer runs: hooks, or another `forward` of its own."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+    return any(hooks) or "forward" in layer.__dict__

@@ -1,0 +1,87 @@
+"""Another way to run a network, tried where it runs: what it says, and how long it takes, beside the one before.
+
+Both are timed in turns and the shortest of each counts, since a device may be at work for others meanwhile: the
+models that these are to replace.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.models.disagreement import disagreement
+from pipeline.models.protocol import Output
+
+# It must gain more than a timing on a busy machine errs by.
+WORTHWHILE = 0.95
+# A timing of this many pictures, or as many as take a second, tells which is faster.
+_TIMED_PICTURES = 8
+_TIMED_SECONDS = 1.0
+_TIMED_RUNS = 7
+
+Run = Callable[[Any], list[Output]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How `after` did beside `before`; `difference` is a share of what fewer bits may change."""
+
+    difference: float
+    before_seconds: float
+    after_seconds: float
+    pictures: int
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether it gains more than a timing errs by."""
+        return self.after_seconds < self.before_seconds * WORTHWHILE
+
+
+def trial(
+    before: Run,
+    after: Run,
+    pictures: Callable[[int], Any],
+    device: torch.device,
+    reference: Run | None = None,
+) -> Trial:
+    """Time two ways to run a network, the first of which is warm; `pictures(n)` draws a batch.
+
+    `reference` says what outputs should be: `before` unless told.
+    """
+    with _clock(device) as clock:
+        seconds = _seconds(clock, before, pictures(1))
+        count = max(1, min(_TIMED_PICTURES, int(_TIMED_SECONDS / max(seconds, 1e-6))))
+        batch = pictures(count)
+        difference = disagreement((reference or before)(batch), after(batch))
+        timings = [
+            (_seconds(clock, before, batch), _seconds(clock, after, batch)) for _ in range(_TIMED_RUNS)
+        ]
+    before_seconds, after_seconds = (min(column) for column in zip(*timings, strict=True))
+    return Trial(difference, before_seconds, after_seconds, count)
+
+
+@contextlib.contextmanager
+def _clock(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Yield what to time a device's work with.
+
+    On a CPU that is the time this thread was computing, all of it in this thread, so that neither decoding nor the
+    models at work count: in seconds of the wall a network beside them could look slower in fewer bits.
+    """
+    if device.type != "cpu":
+        yield time.perf_counter
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield time.thread_time
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds(clock: Callable[[], float], run: Run, batch: Any) -> float:
+    started = clock()
+    run(batch)  # ends with a transfer to the host: what is on the device is done
+    return clock() - started
