@@ -1,6 +1,6 @@
-"""Convolutions with their weights packed once, and the activation after them, for oneDNN on CPUs.
+"""Convolutions and linear layers with their weights packed once, and the activation after them, on CPUs.
 
-torch reorders the weights of a convolution whenever it runs, and passes over its output again for the activation.
+torch has oneDNN reorder the weights whenever a layer runs, and passes over its output again for the activation.
 The operators that its compiler emits on CPUs do neither. They are private to torch, so nothing depends on them:
 they are tried on a copy, and believed when outputs are the same and it is faster. A network that cannot be packed,
 for whatever reason, runs as it is.
@@ -9,7 +9,7 @@ for whatever reason, runs as it is.
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -22,11 +22,21 @@ from pipeline.models.protocol import Output
 from pipeline.models.trial import trial
 from pipeline.models.weights import one_line
 
-# Fewer, as where a transformer cuts a picture into patches, are not worth the trial.
-_FEWEST_CONVOLUTIONS = 2
+# Fewer are not worth the trial.
+_FEWEST_LAYERS = 2
 # Of what fewer bits may change: 0.001 of a probability, as much as folding may.
 _FLOAT32_DIFFERENCE = 0.05
+# A picture alone gains most, and it counts; batches must not lose by it.
+_TIMED_PICTURES = (1, 8)
 _PACKABLE = (torch.float32, torch.bfloat16)
+_OPERATORS = (
+    "_reorder_convolution_weight",
+    "_convolution_pointwise",
+    "_reorder_linear_weight",
+    "_linear_pointwise",
+)
+
+_Layer = nn.Conv2d | nn.Linear
 
 Run = Callable[[nn.Module, torch.dtype | None, Any], list[Output]]
 _Fused = tuple[str, list[float], str]  # the operator's names for an activation, its numbers and its algorithm
@@ -60,25 +70,30 @@ class Candidate:
 
 
 class Packed(nn.Module):
-    """A convolution and what follows it; its weights are in the order in which oneDNN reads them."""
+    """A layer and what follows it; its weights are in the order in which oneDNN reads them."""
 
-    def __init__(self, convolution: nn.Conv2d, fused: _Fused = _NOTHING) -> None:
+    def __init__(self, layer: _Layer, size: list[int], fused: _Fused = _NOTHING) -> None:
         super().__init__()
-        numbers = (convolution.padding, convolution.stride, convolution.dilation)
-        self._geometry = (*map(list, numbers), convolution.groups)
+        weight, operators = layer.weight.detach(), torch.ops.mkldnn
         self._fused = fused
-        weight = torch.ops.mkldnn._reorder_convolution_weight(
-            convolution.weight.detach(), *self._geometry, None
-        )
+        self._geometry: tuple[list[int] | int, ...] = ()
+        if isinstance(layer, nn.Conv2d):
+            numbers: Any = (layer.padding, layer.stride, layer.dilation)
+            self._geometry = (*map(list, numbers), layer.groups)
+            # Without a size oneDNN packs for a picture of a few pixels, which made resnet50 three times as slow.
+            weight = operators._reorder_convolution_weight(weight, *self._geometry, size)
+        else:
+            weight = operators._reorder_linear_weight(weight, None)
         # Still parameters: they count as the network's, and tell their dtype to who asks.
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = convolution.bias
+        self.bias = layer.bias
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Convolve (N, C, H, W); autocast does not know the operator, so that the input is converted here."""
-        pixels = pixels.to(self.weight.dtype)
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            pixels, self.weight, self.bias, *self._geometry, *self._fused
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute; autocast does not know the operators, so that the input is converted here."""
+        operators = torch.ops.mkldnn
+        compute = operators._convolution_pointwise if self._geometry else operators._linear_pointwise
+        out: Tensor = compute(
+            inputs.to(self.weight.dtype), self.weight, self.bias, *self._geometry, *self._fused
         )
         return out
 
@@ -87,10 +102,9 @@ def is_possible(network: nn.Module, device: torch.device) -> bool:
     """Whether this torch has the operators, and the network enough of what they could speed up."""
     if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    operators = ("_reorder_convolution_weight", "_convolution_pointwise")
-    if not all(hasattr(torch.ops.mkldnn, operator) for operator in operators):
+    if not all(hasattr(torch.ops.mkldnn, operator) for operator in _OPERATORS):
         return False
-    return sum(map(_is_packable, network.modules())) >= _FEWEST_CONVOLUTIONS
+    return sum(map(_is_packable, network.modules())) >= _FEWEST_LAYERS
 
 
 def packed_if_faster(
@@ -103,49 +117,80 @@ def packed_if_faster(
     """
     name, full, network, dtype = candidate.name, candidate.full, candidate.network, candidate.dtype
     try:
-        other = packed(full)
+        sizes = sizes_in(full, pixels)
+        other = packed(full, sizes)
         # In float32, where nothing but a wrong guess about the network makes a difference.
         with torch.inference_mode():
             is_same = are_close(full(pixels), other(pixels))
         if not is_same:
-            _log.info("convolutions are not packed: the outputs would differ", model=name)
+            _log.info("not packed: the outputs would differ", model=name)
             return network
         if network is not full:
-            other = packed(network)
-        result = trial(
-            lambda batch: run(network, dtype, batch),
-            lambda batch: run(other, dtype, batch),
-            pictures,
-            pixels.device,
-            reference=lambda batch: run(full, None, batch),
-        )
+            other = packed(network, sizes)
+        results = [
+            trial(
+                lambda batch: run(network, dtype, batch),
+                lambda batch: run(other, dtype, batch),
+                pictures,
+                pixels.device,
+                reference=lambda batch: run(full, None, batch),
+                most=most,
+            )
+            for most in _TIMED_PICTURES
+        ]
     except Exception as error:  # private operators may refuse anything, in any way
-        _log.info("convolutions are not packed: it fails", model=name, error=one_line(error))
+        _log.info("not packed: it fails", model=name, error=one_line(error))
         return network
-    taken = result.difference <= (1 if dtype else _FLOAT32_DIFFERENCE) and result.is_faster
+    difference = max(result.difference for result in results)
+    is_worthwhile = any(result.is_faster for result in results) and not any(
+        result.is_slower for result in results
+    )
+    taken = is_worthwhile and difference <= (1 if dtype else _FLOAT32_DIFFERENCE)
     _log.info(
         "packing chosen",
         model=name,
         packed=taken,
-        of_tolerance=round(result.difference, 3),
-        before_seconds=round(result.before_seconds, 5),
-        after_seconds=round(result.after_seconds, 5),
-        pictures=result.pictures,
+        of_tolerance=round(difference, 3),
+        before_seconds=[round(result.before_seconds, 5) for result in results],
+        after_seconds=[round(result.after_seconds, 5) for result in results],
+        pictures=[result.pictures for result in results],
     )
     return other if taken else network
 
 
-def packed(network: nn.Module) -> nn.Module:
-    """Return a copy with its convolutions packed, which shares every other tensor with the network."""
+def sizes_in(network: nn.Module, pixels: Tensor) -> dict[str, list[int]]:
+    """Return what size of input each layer gets that could be packed, by its names; nobody else may run it now."""
+    sizes: dict[str, list[int]] = {}
+
+    def note(names: list[str]) -> Callable[[nn.Module, Any], None]:
+        return lambda _, inputs: sizes.update((name, list(inputs[0].shape)) for name in names)
+
+    names: dict[nn.Module, list[str]] = {}
+    for name, layer in network.named_modules(remove_duplicate=False):
+        if _is_packable(layer):
+            names.setdefault(layer, []).append(name)
+    hooks = [layer.register_forward_pre_hook(note(of)) for layer, of in names.items()]
+    try:
+        with torch.inference_mode():
+            network(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+def packed(network: nn.Module, sizes: Mapping[str, list[int]]) -> nn.Module:
+    """Return a copy with those layers packed that get an input, which shares all other tensors with the network."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     other = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-    modules = list(other.modules())
-    places = Counter(id(child) for module in modules for child in module._modules.values())
+    modules = dict(other.named_modules())
+    places = Counter(id(child) for module in modules.values() for child in module._modules.values())
     done: dict[int, nn.Module] = {}  # one that is in several places stays one
-    for module in modules:
+    for path, module in modules.items():
         followed = _followed(module, places)
         for name, layer in list(module._modules.items()):
-            if not _is_packable(layer):
+            size = sizes.get(f"{path}.{name}" if path else name)
+            if size is None or not _is_packable(layer):
                 continue
             fused = _NOTHING
             if name in followed:
@@ -154,15 +199,15 @@ def packed(network: nn.Module) -> nn.Module:
                 fused = _FUSED[type(activation)](activation)
                 module._modules[following] = nn.Identity()
             if id(layer) not in done:
-                done[id(layer)] = Packed(layer, fused)
+                done[id(layer)] = Packed(layer, size, fused)
             module._modules[name] = done[id(layer)]
     return other
 
 
 def _followed(module: nn.Module, places: Counter[int]) -> dict[str, str]:
-    """Return which children are convolutions followed by nothing but an activation, and that: names to names.
+    """Return which children are layers followed by nothing but an activation, and that: names to names.
 
-    Only of a `Sequential`, which runs its children in their order, and where the convolution has no other place.
+    Only of a `Sequential`, which runs its children in their order, and where the layer has no other place.
     """
     if type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__:
         return {}
@@ -185,15 +230,17 @@ def _is_nothing(layer: nn.Module) -> bool:
     return type(layer) is nn.Identity and not _is_watched(layer)
 
 
-def _is_packable(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    # Exactly this class: others may do more.
+def _is_packable(layer: nn.Module | None) -> TypeGuard[_Layer]:
+    # Exactly these classes: others may do more.
     return (
-        type(layer) is nn.Conv2d
-        and isinstance(layer.padding, tuple)
-        and layer.padding_mode == "zeros"
+        (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer)))
         and layer.weight.dtype in _PACKABLE
         and not _is_watched(layer)
     )
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    return isinstance(convolution.padding, tuple) and convolution.padding_mode == "zeros"
 
 
 def _is_watched(layer: nn.Module) -> bool:

@@ -39,6 +39,11 @@ class Trial:
         """Whether it gains more than a timing errs by."""
         return self.after_seconds < self.before_seconds * WORTHWHILE
 
+    @property
+    def is_slower(self) -> bool:
+        """Whether it loses more than a timing errs by."""
+        return self.before_seconds < self.after_seconds * WORTHWHILE
+
 
 def trial(
     before: Run,
@@ -46,14 +51,15 @@ def trial(
     pictures: Callable[[int], Any],
     device: torch.device,
     reference: Run | None = None,
+    most: int = _TIMED_PICTURES,
 ) -> Trial:
     """Time two ways to run a network, the first of which is warm; `pictures(n)` draws a batch.
 
-    `reference` says what outputs should be: `before` unless told.
+    `reference` says what outputs should be: `before` unless told. `most` bounds how many pictures are timed.
     """
     with _clock(device) as clock:
         seconds = _seconds(clock, before, pictures(1))
-        count = max(1, min(_TIMED_PICTURES, int(_TIMED_SECONDS / max(seconds, 1e-6))))
+        count = max(1, min(most, int(_TIMED_SECONDS / max(seconds, 1e-6))))
         batch = pictures(count)
         difference = disagreement((reference or before)(batch), after(batch))
         timings = [

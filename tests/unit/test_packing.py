@@ -17,7 +17,7 @@ from pipeline.imaging import View
 from pipeline.models import LoadOptions, packing
 from pipeline.models.fusion import are_close, folded
 from pipeline.models.modules import ModuleModel
-from pipeline.models.packing import Candidate, Packed, is_possible, packed, packed_if_faster
+from pipeline.models.packing import Candidate, Packed, is_possible, packed_if_faster, sizes_in
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.models.protocol import Output
 from pipeline.models.specification import Specification
@@ -29,11 +29,15 @@ CPU = torch.device("cpu")
 PIXELS = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(
     memory_format=torch.channels_last
 )
-FASTER, SLOWER = Trial(0, 1.0, 0.5, 8), Trial(0, 1.0, 0.99, 8)
+FASTER, ALIKE, SLOWER = (Trial(0, 1.0, after, 8) for after in (0.5, 0.99, 1.2))
 
 
 def count(network: nn.Module, kind: type[nn.Module] = Packed) -> int:
     return sum(type(layer) is kind for layer in network.modules())
+
+
+def packed(network: nn.Module, pixels: Tensor = PIXELS) -> nn.Module:
+    return packing.packed(network, sizes_in(network, pixels))
 
 
 def fused(network: nn.Module) -> list[str]:
@@ -61,7 +65,7 @@ def chosen(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "least_fused"),
     [
-        (torchvision.models.mobilenet_v3_small, 23),
+        (torchvision.models.mobilenet_v3_small, 24),
         (torchvision.models.resnet18, 0),
         (lambda: torchvision.models.vgg11(num_classes=3, init_weights=False).features, 8),
         (lambda: timm.create_model("test_efficientnet"), 0),
@@ -71,10 +75,10 @@ def test_packing_changes_no_output(make: Callable[[], nn.Module], least_fused: i
     """A packed network says the same, for batches of any size; the one it was made from is as it was."""
     torch.manual_seed(0)
     plain = folded(make().eval().requires_grad_(False), PIXELS)
-    convolutions = count(plain, nn.Conv2d)
+    layers = count(plain, nn.Conv2d) + count(plain, nn.Linear)
     other = packed(plain)
-    assert (count(plain, nn.Conv2d), count(plain)) == (convolutions, 0)
-    assert (count(other, nn.Conv2d), count(other)) == (0, convolutions)
+    assert (count(plain, nn.Conv2d) + count(plain, nn.Linear), count(plain)) == (layers, 0)
+    assert (count(other, nn.Conv2d) + count(other, nn.Linear), count(other)) == (0, layers)
     assert len([name for name in fused(other) if name != "none"]) >= least_fused
     assert_same(plain, other)
 
@@ -127,7 +131,9 @@ def test_convolutions_of_every_shape_are_packed(options: dict[str, Any], dtype: 
     torch.manual_seed(0)
     plain = nn.Conv2d(**{"in_channels": 8, "out_channels": 16, "kernel_size": 3, "padding": 1, **options})
     pixels = torch.rand(5, 8, 11, 14)
-    other = packed(nn.Sequential(plain.requires_grad_(False).to(dtype)))
+    whole = nn.Sequential(plain.requires_grad_(False))
+    sizes = sizes_in(whole, pixels[:1])
+    other = packing.packed(whole.to(dtype), sizes)
     assert count(other) == 1
     with torch.inference_mode():
         expected = plain.float()(pixels)
@@ -160,11 +166,53 @@ def test_what_is_more_than_a_convolution_is_left_alone() -> None:
         before,
         replaced,
     ).requires_grad_(False)
-    other = packed(nn.Sequential(*plain, nn.Conv2d(3, 3, 3, dtype=torch.float16)))
-    assert count(other) == 0
+    half = nn.Sequential(nn.Conv2d(3, 3, 3, dtype=torch.float16), nn.Linear(3, 3, dtype=torch.float64))
+    assert count(packing.packed(half, {"0": [1, 3, 9, 9], "1": [1, 3]})) == 0
     other = packed(plain)
+    assert count(other) == 0
+    seen.clear()
     assert_same(plain, other)
-    assert seen[:2] == ["after", "before"]
+    assert seen == ["after", "before"] * 2 * len(PIXELS)
+
+
+def test_linear_layers_are_packed() -> None:
+    """Of tokens, vectors and maps, with and without a bias; subclasses may do more, and stay."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8, bias=False)).eval()
+    for shape in ((5, 8), (5, 7, 8), (5, 3, 2, 8)):
+        values = torch.rand(shape)
+        other = packed(block.requires_grad_(False), values)
+        assert (count(other), count(other, nn.GELU), fused(other)) == (2, 0, ["gelu", "none"])
+        assert_same(block, other, values)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.after = attention, nn.Linear(8, 8).requires_grad_(False)
+
+        def forward(self, tokens: Tensor) -> Any:
+            return self.after(self.attention(tokens, tokens, tokens, need_weights=False)[0])
+
+    plain = Attends()
+    other = packed(plain, torch.rand(5, 7, 8))
+    assert (count(other), type(other.get_submodule("attention.out_proj"))) == (1, type(attention.out_proj))
+    assert_same(plain, other, torch.rand(5, 7, 8))
+
+
+def test_what_never_runs_is_left_alone() -> None:
+    """A layer that a network keeps and does not use has no size to be packed for."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, pixels: Tensor) -> Any:
+            return self.used(pixels)
+
+    other = packed(Unused().requires_grad_(False))
+    assert (type(other.get_submodule("used")), type(other.get_submodule("unused"))) == (Packed, nn.Conv2d)
 
 
 def test_an_activation_that_is_watched_runs() -> None:
@@ -175,6 +223,7 @@ def test_an_activation_that_is_watched_runs() -> None:
         plain[place].register_forward_hook(lambda *_, seen=seen: seen.append(1))
         other = packed(plain)
         assert fused(other) == ["none", "none"]
+        seen.clear()
         other(PIXELS)
         assert seen == [1]
 
@@ -203,12 +252,11 @@ def test_what_is_in_two_places_does_in_each_what_it_did() -> None:
 
 
 def test_what_another_tensor_shares_is_shared() -> None:
-    """Only convolutions need memory for a second time while it is decided."""
+    """Only packed weights need memory for a second time while it is decided."""
     plain = nn.Sequential(two(nn.ReLU()), nn.Flatten(), nn.LazyLinear(2), nn.BatchNorm1d(2)).eval()
     plain(PIXELS)
     state, other = plain.state_dict(), packed(plain.requires_grad_(False)).state_dict()
-    assert {name for name in state if state[name] is not other[name] and "0." in name} >= {"0.0.weight"}
-    for name in ("2.weight", "2.bias", "3.running_mean"):
+    for name in ("0.0.bias", "2.bias", "3.weight", "3.running_mean"):
         assert state[name].data_ptr() == other[name].data_ptr()
 
 
@@ -229,28 +277,30 @@ def test_what_would_say_something_else_is_left_alone(monkeypatch: pytest.MonkeyP
     logged = logs.capture(monkeypatch, packing)
     plain = LooksBetween().eval()
     assert chosen(plain) is plain
-    assert [entry["event"] for entry in logged.entries] == [
-        "convolutions are not packed: the outputs would differ"
-    ]
+    assert [entry["event"] for entry in logged.entries] == ["not packed: the outputs would differ"]
     assert count(chosen(plain.layers)) == 2
 
 
 @pytest.mark.parametrize(
-    ("result", "dtype", "taken"),
+    ("alone", "batch", "dtype", "taken"),
     [
-        (FASTER, None, True),
-        (SLOWER, None, False),
-        (Trial(0.06, 1.0, 0.5, 8), None, False),
-        (Trial(0.06, 1.0, 0.5, 8), torch.bfloat16, True),
-        (Trial(1.1, 1.0, 0.5, 8), torch.bfloat16, False),
-        (Trial(float("inf"), 1.0, 0.5, 8), torch.bfloat16, False),
+        (FASTER, FASTER, None, True),
+        (FASTER, ALIKE, None, True),
+        (ALIKE, FASTER, None, True),
+        (ALIKE, ALIKE, None, False),
+        (FASTER, SLOWER, None, False),
+        (SLOWER, FASTER, None, False),
+        (FASTER, Trial(0.06, 1.0, 0.5, 8), None, False),
+        (FASTER, Trial(0.06, 1.0, 0.5, 8), torch.bfloat16, True),
+        (Trial(1.1, 1.0, 0.5, 1), FASTER, torch.bfloat16, False),
+        (FASTER, Trial(float("inf"), 1.0, 0.5, 8), torch.bfloat16, False),
     ],
 )
 def test_packing_is_taken_only_if_faster_and_as_good(
-    monkeypatch: pytest.MonkeyPatch, result: Trial, dtype: torch.dtype | None, taken: bool
+    monkeypatch: pytest.MonkeyPatch, alone: Trial, batch: Trial, dtype: torch.dtype | None, taken: bool
 ) -> None:
-    """A gain within the error of a timing is none; in float32 hardly a digit may change."""
-    monkeypatch.setattr(packing, "trial", lambda *_, **__: result)
+    """A gain within the error of a timing is none, a loss undoes it; in float32 hardly a digit may change."""
+    monkeypatch.setattr(packing, "trial", lambda *_, most, **__: {1: alone, 8: batch}[most])
     logged = logs.capture(monkeypatch, packing)
     plain = two(nn.ReLU())
     other = packed_if_faster(Candidate("network", plain, plain, dtype), PIXELS, lambda *_: [], lambda n: n)
@@ -266,9 +316,9 @@ def refuse(*_: Any) -> Tensor:
     "operators",
     [
         {},
-        {"_reorder_convolution_weight": refuse, "_convolution_pointwise": refuse},
-        {"_reorder_convolution_weight": lambda weight, *_: weight, "_convolution_pointwise": refuse},
-        {"_reorder_convolution_weight": lambda weight, *_: weight},
+        dict.fromkeys(packing._OPERATORS, refuse),
+        dict.fromkeys(packing._OPERATORS, lambda weight, *_: weight),
+        {name: getattr(torch.ops.mkldnn, name, None) for name in packing._OPERATORS[:-1]},
     ],
 )
 def test_a_torch_without_the_operators_runs_models_as_they_are(
@@ -299,6 +349,13 @@ def test_this_torch_has_the_operators() -> None:
     assert str(operators._reorder_convolution_weight.default._schema) == (
         "mkldnn::_reorder_convolution_weight(Tensor self, int[2] padding=0, int[2] stride=1, int[2] dilation=1,"
         " int groups=1, int[]? input_size=None) -> Tensor Y"
+    )
+    assert str(operators._linear_pointwise.default._schema) == (
+        "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) ->"
+        " Tensor Y"
+    )
+    assert str(operators._reorder_linear_weight.default._schema) == (
+        "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y"
     )
 
 
