@@ -300,6 +300,22 @@ def test_fewer_bits_are_taken_only_if_faster_and_as_good(
     assert found.precision == ("bfloat16" if taken else "float32")
 
 
+@pytest.mark.parametrize(("slower", "turns"), [(5.0, 1), (3.0, 7)])
+def test_what_is_hopelessly_slow_is_not_timed_again(
+    monkeypatch: pytest.MonkeyPatch, slower: float, turns: int
+) -> None:
+    """A start does not wait for seven turns of what takes many times as long."""
+    monkeypatch.setattr(trial, "_seconds", lambda _, run, batch: run(batch)[0].score)
+    ran: list[float] = []
+
+    def taking(seconds: float) -> trial.Run:
+        return lambda _: [ran.append(seconds) or Output(score=seconds)]  # type: ignore[func-returns-value]
+
+    result = trial.trial(taking(1.0), taking(slower), lambda n: n, CPU)
+    assert (result.before_seconds, result.after_seconds) == (1.0, slower)
+    assert ran.count(slower) == 1 + turns
+
+
 def test_a_network_that_fails_in_fewer_bits_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody asked for and does not work here is left, and no reason to refuse the model."""
     monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
