@@ -4,7 +4,7 @@ A source brings the network, its preprocessing and what its output means; this c
 channels last, inference mode, the precision that is best here, one transfer off the device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -80,8 +80,9 @@ class ModuleModel:
             if not self._is_program and self.view.fit != "inside":
                 self._network = folded(self._network, self._normalise(self._pictures(1)))
             full = self._network
-            self._choose_precision()
-            self._pack(full)
+            alike = repr(full), self.view, str(self._device)
+            self._choose_precision(alike)
+            self._pack(full, alike)
             if self._options.compile and self.view.fit == "inside":
                 _log.warning("not compiled: its pictures vary in size", model=self.name)
             elif self._options.compile:
@@ -116,7 +117,7 @@ class ModuleModel:
             return self._normalise(batch)  # (N, 3, H, W) float32
         return [self._normalise(picture[None])[0] for picture in batch]
 
-    def _choose_precision(self) -> None:
+    def _choose_precision(self, alike: Hashable) -> None:
         wanted = self._options.precision
         dtype = precision.dtype_of(wanted, self._device)
         if dtype is None or self._is_program:
@@ -130,20 +131,20 @@ class ModuleModel:
             lambda batch: self._run(network, dtype, batch),
             self._pictures,
             self._device,
+            alike=("precision", dtype, alike),
         ):
             return
         self._network, self._dtype = network, dtype
 
-    def _pack(self, full: nn.Module) -> None:
+    def _pack(self, full: nn.Module, alike: Hashable) -> None:
         # Pictures that vary in size need layouts that vary; what is compiled is packed by the compiler.
         if self._is_program or self.view.fit == "inside" or self._options.compile:
             return
         if not packing.is_possible(self._network, self._device):
             return
         pixels = self._normalise(self._pictures(1))
-        self._network = packing.packed_if_faster(
-            packing.Candidate(self.name, full, self._network, self._dtype), pixels, self._run, self._pictures
-        )
+        candidate = packing.Candidate(self.name, full, self._network, self._dtype, alike)
+        self._network = packing.packed_if_faster(candidate, pixels, self._run, self._pictures)
 
     def _pictures(self, count: int) -> Any:
         return structured_pictures(self.view, count, self._device)

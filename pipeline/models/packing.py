@@ -9,7 +9,7 @@ for whatever reason, runs as it is.
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -61,12 +61,16 @@ _log = logs.get(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that would run in `dtype` (None: float32), and `full`, the same in float32."""
+    """A network that would run in `dtype` (None: float32), and `full`, the same in float32.
+
+    `alike` is the same for networks that differ in their weights alone.
+    """
 
     name: str
     full: nn.Module
     network: nn.Module
     dtype: torch.dtype | None
+    alike: Hashable = None
 
 
 class Packed(nn.Module):
@@ -135,6 +139,7 @@ def packed_if_faster(
                 pixels.device,
                 reference=lambda batch: run(full, None, batch),
                 most=most,
+                alike=candidate.alike and ("packing", most, dtype, candidate.alike),
             )
             for most in _TIMED_PICTURES
         ]

@@ -5,7 +5,7 @@ The weights of those layers are converted once, where autocast alone converts th
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -49,12 +49,20 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def is_worthwhile(
-    name: str, full: Run, fewer: Run, pictures: Callable[[int], Any], device: torch.device
+    name: str,
+    full: Run,
+    fewer: Run,
+    pictures: Callable[[int], Any],
+    device: torch.device,
+    alike: Hashable = None,
 ) -> bool:
-    """Whether `fewer` bits are faster here than `full`, and its outputs as good; `pictures(n)` draws a batch."""
+    """Whether `fewer` bits are faster here than `full`, and its outputs as good.
+
+    `pictures(n)` draws a batch; `alike` is the same for networks that differ in their weights alone.
+    """
     full(pictures(1))
     try:
-        result = trial(full, fewer, pictures, device)
+        result = trial(full, fewer, pictures, device, alike=alike)
     except Exception as error:  # libraries raise anything where an operation has no such kernel
         _log.info("not in fewer bits: the network fails in them", model=name, error=one_line(error))
         return False

@@ -1,12 +1,13 @@
 """Another way to run a network, tried where it runs: what it says, and how long it takes, beside the one before.
 
 Both are timed in turns and the shortest of each counts, since a device may be at work for others meanwhile: the
-models that these are to replace.
+models that these are to replace. To them a timing is a burden, so that networks that differ in their weights alone
+are timed once in a process; what they say is compared for each.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ _TIMED_RUNS = 7
 _HOPELESS = 4
 
 Run = Callable[[Any], list[Output]]
+
+# What was timed: seconds before, seconds after, pictures.
+_timed: dict[Hashable, tuple[float, float, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,18 @@ def trial(
     device: torch.device,
     reference: Run | None = None,
     most: int = _TIMED_PICTURES,
+    alike: Hashable = None,
 ) -> Trial:
     """Time two ways to run a network, the first of which is warm; `pictures(n)` draws a batch.
 
-    `reference` says what outputs should be: `before` unless told. `most` bounds how many pictures are timed.
+    `reference` says what outputs should be: `before` unless told. `most` bounds how many pictures are timed. Trials
+    that are `alike` and not None are timed once.
     """
+    if alike is not None and alike in _timed:
+        before_seconds, after_seconds, count = _timed[alike]
+        batch = pictures(count)
+        difference = disagreement((reference or before)(batch), after(batch))
+        return Trial(difference, before_seconds, after_seconds, count)
     with _clock(device) as clock:
         seconds = _seconds(clock, before, pictures(1))
         count = max(1, min(most, int(_TIMED_SECONDS / max(seconds, 1e-6))))
@@ -70,6 +81,8 @@ def trial(
             if timings[-1][1] > timings[-1][0] * _HOPELESS:
                 break
     before_seconds, after_seconds = (min(column) for column in zip(*timings, strict=True))
+    if alike is not None:
+        _timed[alike] = before_seconds, after_seconds, count
     return Trial(difference, before_seconds, after_seconds, count)
 
 

@@ -40,6 +40,11 @@ VIEW = View(24, 16)
 CACHE = Path("nowhere")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_timed", {})
+
+
 class Network(nn.Module):
     """Looks at mean colours; counts the batches it sees."""
 
@@ -314,6 +319,29 @@ def test_what_is_hopelessly_slow_is_not_timed_again(
     result = trial.trial(taking(1.0), taking(slower), lambda n: n, CPU)
     assert (result.before_seconds, result.after_seconds) == (1.0, slower)
     assert ran.count(slower) == 1 + turns
+
+
+def test_networks_that_differ_in_weights_alone_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their outputs are compared each time: a new version that is bad in fewer bits is not run in them."""
+    monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
+    timed: list[bool] = []
+
+    def seconds(*_: Any) -> float:
+        timed.append(True)  # in turns, after one alone
+        return 0.5 if len(timed) % 2 and len(timed) > 1 else 1.0
+
+    monkeypatch.setattr(trial, "_seconds", seconds)
+    first = model(Network(), precision="auto")
+    first.warm_up()
+    assert first.precision == "bfloat16"
+    assert timed
+    timed.clear()
+    second, coarse = model(Network(), precision="auto"), model(Network(is_coarse=True), precision="auto")
+    second.warm_up()
+    assert second.precision == "bfloat16"
+    assert not timed
+    coarse.warm_up()
+    assert coarse.precision == "float32"
 
 
 def test_a_network_that_fails_in_fewer_bits_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
