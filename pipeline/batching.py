@@ -5,7 +5,8 @@ The policy, for a device that is free:
 1. Real-time first, except that bulk has one of every `BULK_EVERY` turns while it waits. A batch is never of
    both lanes: padding a real-time batch with bulk work would make it longer.
 2. First in, first out within a lane. A record that cannot be done by its deadline is handed back.
-3. As many as are ready, up to the limits of count and of bytes, and no more than the nearest deadline allows.
+3. As many as are ready, up to the limits of count and of bytes, and no more than the nearest deadline allows. While
+   real-time records come, a bulk batch is as short as costs its records a tenth more: it is what they wait for.
 4. Less than a full batch goes at once, unless waiting pays: when what is being decoded will fill the batch, or
    when the pass that the next record would otherwise need costs more than the time that all of them lose. The
    device waits no longer for company than a full batch takes, nor past the moment when a deadline needs it.
@@ -13,6 +14,7 @@ The policy, for a device that is free:
 Costs are learned (`pipeline/cost_model.py`); until then nothing waits.
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,13 +24,18 @@ from pipeline.cost_model import CostModel
 from pipeline.topics import Lane
 
 #: Why a batch was cut: a limit was reached (`full`; `memory` when memory had lowered it or its bytes are the
-#: limit), the device was free and waiting would not have paid (`idle`), a deadline or the wait for company was
-#: up (`deadline`), or the worker is stopping (`drain`).
-CutReason = Literal["full", "idle", "deadline", "drain", "memory"]
+#: limit; `realtime` when bulk is kept short for real-time), the device was free and waiting would not have paid
+#: (`idle`), a deadline or the wait for company was up (`deadline`), or the worker is stopping (`drain`).
+CutReason = Literal["full", "idle", "deadline", "drain", "memory", "realtime"]
 
 # Bulk's floor: one turn in eight. It costs real-time at most an eighth of the device and a wait of one batch;
 # a floor by time would let one slow batch starve the other lane.
 BULK_EVERY = 8
+# After a real-time record more are expected for so long, and bulk batches are kept short: as short as costs a
+# record no more than this, of what it costs in a full batch. A quarter of one at least: costs do not see all of it.
+REALTIME_COMES_SECONDS = 10.0
+SHORT_COSTS = 1.1
+SHORTEST_OF_FULL = 4
 # A limit lowered by memory is tried a quarter higher after this many batches that filled it: seldom enough
 # that running out again costs under 2 % of the work.
 GROW_AFTER_BATCHES = 64
@@ -99,6 +106,7 @@ class Batcher(Generic[T]):
         self._limit = max_batch_size
         self._filled = 0
         self._turns = Turns()
+        self._realtime_comes_until = float("-inf")
         self._waiting_since: float | None = None
         self._presumed_late = 0
         self._ready: dict[Lane, deque[_Ready[T]]] = {"realtime": deque(), "bulk": deque()}
@@ -124,9 +132,12 @@ class Batcher(Generic[T]):
         if lane is None:
             self._waiting_since = None
             return Cut([], expired, "idle")
-        count, reason = self._count(self._ready[lane], now)
+        if waiting["realtime"]:
+            self._realtime_comes_until = now + REALTIME_COMES_SECONDS
+        most = self._limit if lane == "realtime" else self._most_of_bulk(now)
+        count, reason = self._count(self._ready[lane], now, most)
         if reason is None:
-            until = None if draining else self._wait_until(lane, count, now, coming)
+            until = None if draining else self._wait_until(lane, count, most, now, coming)
             if until is not None and now < until:
                 return Cut([], expired, "idle", until)
             reason = "drain" if draining else "deadline" if until is not None else "idle"
@@ -149,13 +160,21 @@ class Batcher(Generic[T]):
             self._filled = 0
             self._limit = min(self._max_batch_size, self._limit + max(1, self._limit // 4))
 
-    def _count(self, queue: deque[_Ready[T]], now: float) -> tuple[int, CutReason | None]:
+    def _most_of_bulk(self, now: float) -> int:
+        """Return how many bulk records may go together: fewer while real-time ones come."""
+        costs, limit = self.costs, self._limit
+        if now >= self._realtime_comes_until or not costs.pass_seconds:
+            return limit
+        spare_seconds = SHORT_COSTS * costs.seconds(limit) / limit - costs.record_seconds
+        return min(limit, max(1, limit // SHORTEST_OF_FULL, math.ceil(costs.pass_seconds / spare_seconds)))
+
+    def _count(self, queue: deque[_Ready[T]], now: float, most: int) -> tuple[int, CutReason | None]:
         """Return how many of a lane go together, and which limit says so; at least one."""
         count = size_bytes = 0
         nearest: float | None = None
         for ready in queue:
-            if count == self._limit:
-                return count, "full" if self._limit == self._max_batch_size else "memory"
+            if count == most:
+                break
             size_bytes += ready.size_bytes
             if count and self._max_batch_bytes is not None and size_bytes > self._max_batch_bytes:
                 return count, "memory"
@@ -164,23 +183,25 @@ class Batcher(Generic[T]):
             if count and nearest is not None and now + self.costs.seconds(count + 1) > nearest:
                 return count, "deadline"
             count += 1
-        if count == self._limit:
-            return count, "full" if self._limit == self._max_batch_size else "memory"
-        return count, None
+        if count < most:
+            return count, None
+        if most < self._limit:
+            return count, "realtime"
+        return count, "full" if self._limit == self._max_batch_size else "memory"
 
-    def _wait_until(self, lane: Lane, count: int, now: float, coming: Coming) -> float | None:
+    def _wait_until(self, lane: Lane, count: int, most: int, now: float, coming: Coming) -> float | None:
         """Return until when it pays to wait for company; None if it does not."""
         next_ones = coming.records.get(lane, 0)
         costs, each = self.costs, coming.seconds_each
-        if not next_ones or not costs.seconds(self._limit):
+        if not next_ones or not costs.seconds(most):
             return None
-        fills = count + next_ones >= self._limit
+        fills = count + next_ones >= most
         pays = costs.pass_seconds > each + count * (each + costs.record_seconds)
         if not fills and not pays:
             return None
         if self._waiting_since is None:
             self._waiting_since = now
-        until = self._waiting_since + costs.seconds(self._limit)
+        until = self._waiting_since + costs.seconds(most)
         for ready in self._ready[lane]:
             if ready.deadline is not None:
                 until = min(until, ready.deadline - costs.seconds(count + 1))

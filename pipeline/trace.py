@@ -37,6 +37,7 @@ CUTS = {
     "deadline": "a deadline was near",
     "drain": "the worker was stopping",
     "memory": "more did not fit into memory",
+    "realtime": "real-time pictures were coming",
 }
 
 log = logs.get(__name__)

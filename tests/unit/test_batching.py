@@ -9,7 +9,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.batching import BULK_EVERY, GROW_AFTER_BATCHES, TRY_EVERY, Batcher, Coming, Cut, Turns
+from pipeline.batching import (
+    BULK_EVERY,
+    GROW_AFTER_BATCHES,
+    REALTIME_COMES_SECONDS,
+    SHORT_COSTS,
+    TRY_EVERY,
+    Batcher,
+    Coming,
+    Cut,
+    Turns,
+)
 from pipeline.cost_model import CostModel
 from pipeline.topics import Lane
 
@@ -120,6 +130,40 @@ def learned(*passes: tuple[int, float]) -> CostModel:
     for records, seconds in passes:
         model.observe(records, seconds)
     return model
+
+
+@pytest.mark.parametrize(
+    ("pass_seconds", "records"),
+    [(0.0, 32), (0.0001, 8), (0.010, 12), (0.020, 17), (0.040, 22), (1.0, 29)],
+)
+def test_bulk_is_kept_short_while_realtime_comes(pass_seconds: float, records: int) -> None:
+    """As short as costs a record a tenth more, and a quarter of a full batch at least; after ten seconds full."""
+    costs = (
+        learned((32, 0.1))
+        if not pass_seconds
+        else learned((1, pass_seconds + 0.005), (33, pass_seconds + 0.165))
+    )
+    batcher: Batcher[int] = Batcher(32, costs=costs)
+    for number in range(100):
+        batcher.add(number, "bulk")
+    assert len(batcher.cut(0.0).items) == 32
+    batcher.add(100, "realtime")
+    assert batcher.cut(1.0).items == [100]
+    short = batcher.cut(2.0)
+    assert (len(short.items), short.reason) == (records, "full" if records == 32 else "realtime")
+    later = batcher.cut(1.0 + REALTIME_COMES_SECONDS)
+    assert (len(later.items), later.reason) == (32, "full")
+    if pass_seconds and records > 8:
+        assert costs.seconds(records) / records <= SHORT_COSTS * costs.seconds(32) / 32
+        assert costs.seconds(records - 1) / (records - 1) > SHORT_COSTS * costs.seconds(32) / 32
+
+
+def test_realtime_batches_are_not_kept_short() -> None:
+    """Real-time records ride together as far as the limits let them."""
+    batcher = filled(realtime=8, bulk=8, limit=8)
+    batcher.costs = learned((1, 0.015), (8, 0.050))
+    cut = batcher.cut(0.0)
+    assert (len(cut.items), cut.reason) == (8, "full")
 
 
 def test_a_batch_waits_while_what_is_decoded_will_fill_it() -> None:
