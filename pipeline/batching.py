@@ -32,10 +32,11 @@ CutReason = Literal["full", "idle", "deadline", "drain", "memory", "realtime"]
 # a floor by time would let one slow batch starve the other lane.
 BULK_EVERY = 8
 # After a real-time record more are expected for so long, and bulk batches are kept short: as short as costs a
-# record no more than this, of what it costs in a full batch. A quarter of one at least: costs do not see all of it.
+# record no more than this, of what it costs in a full batch. In quarters of one: costs do not see all of it, and
+# oneDNN makes code for each size.
 REALTIME_COMES_SECONDS = 10.0
 SHORT_COSTS = 1.1
-SHORTEST_OF_FULL = 4
+STEPS_OF_FULL = 4
 # A limit lowered by memory is tried a quarter higher after this many batches that filled it: seldom enough
 # that running out again costs under 2 % of the work.
 GROW_AFTER_BATCHES = 64
@@ -166,7 +167,8 @@ class Batcher(Generic[T]):
         if now >= self._realtime_comes_until or not costs.pass_seconds:
             return limit
         spare_seconds = SHORT_COSTS * costs.seconds(limit) / limit - costs.record_seconds
-        return min(limit, max(1, limit // SHORTEST_OF_FULL, math.ceil(costs.pass_seconds / spare_seconds)))
+        quarter = max(1, limit // STEPS_OF_FULL)
+        return min(limit, quarter * math.ceil(costs.pass_seconds / spare_seconds / quarter))
 
     def _count(self, queue: deque[_Ready[T]], now: float, most: int) -> tuple[int, CutReason | None]:
         """Return how many of a lane go together, and which limit says so; at least one."""

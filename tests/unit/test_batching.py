@@ -134,10 +134,10 @@ def learned(*passes: tuple[int, float]) -> CostModel:
 
 @pytest.mark.parametrize(
     ("pass_seconds", "records"),
-    [(0.0, 32), (0.0001, 8), (0.010, 12), (0.020, 17), (0.040, 22), (1.0, 29)],
+    [(0.0, 32), (0.0001, 8), (0.010, 16), (0.020, 24), (0.040, 24), (1.0, 32)],
 )
 def test_bulk_is_kept_short_while_realtime_comes(pass_seconds: float, records: int) -> None:
-    """As short as costs a record a tenth more, and a quarter of a full batch at least; after ten seconds full."""
+    """As short as costs a record a tenth more, in quarters of a full batch; after ten seconds full."""
     costs = (
         learned((32, 0.1))
         if not pass_seconds
@@ -153,9 +153,9 @@ def test_bulk_is_kept_short_while_realtime_comes(pass_seconds: float, records: i
     assert (len(short.items), short.reason) == (records, "full" if records == 32 else "realtime")
     later = batcher.cut(1.0 + REALTIME_COMES_SECONDS)
     assert (len(later.items), later.reason) == (32, "full")
+    assert costs.seconds(records) / records <= SHORT_COSTS * costs.seconds(32) / 32
     if pass_seconds and records > 8:
-        assert costs.seconds(records) / records <= SHORT_COSTS * costs.seconds(32) / 32
-        assert costs.seconds(records - 1) / (records - 1) > SHORT_COSTS * costs.seconds(32) / 32
+        assert costs.seconds(records - 8) / (records - 8) > SHORT_COSTS * costs.seconds(32) / 32
 
 
 def test_realtime_batches_are_not_kept_short() -> None:
