@@ -316,12 +316,12 @@ def _pace(fetcher: aiokafka_fetcher.Fetcher, *, is_paused: bool, is_busy: bool) 
     soon, for meanwhile the paused lane may read on. Else a step with nothing to do gets what there is at once, and
     a busy one what came within a moment.
     """
-    fetcher._prefetch_backoff = 0.0 if is_paused else PREFETCH_BACKOFF_SECONDS
-    fetcher._fetch_min_bytes = BUSY_FETCH_BYTES if is_busy and not is_paused else 1
+    backoff, least, wait = PREFETCH_BACKOFF_SECONDS, 1, FETCH_WAIT_MILLISECONDS
     if is_paused:
-        fetcher._fetch_max_wait_ms = PAUSED_FETCH_WAIT_MILLISECONDS
-    else:
-        fetcher._fetch_max_wait_ms = BUSY_FETCH_WAIT_MILLISECONDS if is_busy else FETCH_WAIT_MILLISECONDS
+        backoff, wait = 0.0, PAUSED_FETCH_WAIT_MILLISECONDS
+    elif is_busy:
+        least, wait = BUSY_FETCH_BYTES, BUSY_FETCH_WAIT_MILLISECONDS
+    fetcher._prefetch_backoff, fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = backoff, least, wait
 
 
 def _look_after(kafka: AIOKafkaConsumer) -> None:

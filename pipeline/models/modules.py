@@ -4,7 +4,8 @@ A source brings the network, its preprocessing and what its output means; this c
 channels last, inference mode, the precision that is best here, one transfer off the device.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.models.preprocessing import Normaliser, Preprocessing
 from pipeline.models.protocol import Output, Task
 from pipeline.models.specification import LoadOptions, Specification
 from pipeline.models.tasks import Reader
+from pipeline.models.ways import Course, Way, fastest
 from pipeline.models.weights import digest_of
 
 _VERSION_DIGITS = 12
@@ -75,14 +77,11 @@ class ModuleModel:
         return str(self._dtype or torch.float32).removeprefix("torch.")
 
     def warm_up(self) -> None:
-        """Fold, choose the precision, pack or compile, then run one picture and the largest batch."""
+        """Fold, take the fastest way to run, or compile, then run one picture and the largest batch."""
         if not self._is_warm:
             if not self._is_program and self.view.fit != "inside":
                 self._network = folded(self._network, self._normalise(self._pictures(1)))
-            full = self._network
-            alike = repr(full), self.view, str(self._device)
-            self._choose_precision(alike)
-            self._pack(full, alike)
+            self._take_fastest_way()
             if self._options.compile and self.view.fit == "inside":
                 _log.warning("not compiled: its pictures vary in size", model=self.name)
             elif self._options.compile:
@@ -117,34 +116,52 @@ class ModuleModel:
             return self._normalise(batch)  # (N, 3, H, W) float32
         return [self._normalise(picture[None])[0] for picture in batch]
 
-    def _choose_precision(self, alike: Hashable) -> None:
-        wanted = self._options.precision
-        dtype = precision.dtype_of(wanted, self._device)
-        if dtype is None or self._is_program:
-            return
-        if wanted == "auto" and self.task == "detect":  # 8 bits of a coordinate are 3 pixels of 800
-            return
-        network = precision.converted(self._network, dtype)
-        if wanted == "auto" and not precision.is_worthwhile(
+    def _take_fastest_way(self) -> None:
+        full = self._network
+        ways = self._ways(full)
+        course = Course(
             self.name,
-            lambda batch: self._run(self._network, None, batch),
-            lambda batch: self._run(network, dtype, batch),
+            full,
+            self._run,
             self._pictures,
             self._device,
-            alike=("precision", dtype, alike),
-        ):
-            return
-        self._network, self._dtype = network, dtype
+            alike=(repr(full), self.view, str(self._device), tuple(way.name for way in ways)),
+        )
+        way = fastest(ways, course)
+        self._network, self._dtype = way.network, way.dtype
 
-    def _pack(self, full: nn.Module, alike: Hashable) -> None:
+    def _ways(self, full: nn.Module) -> list[Way]:
+        """Return how the network may run here, plainer ways first."""
+        if self._is_program:
+            return [Way("float32", lambda: full)]
+        wanted = self._options.precision
+        dtype = precision.dtype_of(wanted, self._device)
+        if wanted == "auto" and self.task == "detect":  # 8 bits of a coordinate are 3 pixels of 800
+            dtype = None
         # Pictures that vary in size need layouts that vary; what is compiled is packed by the compiler.
-        if self._is_program or self.view.fit == "inside" or self._options.compile:
-            return
-        if not packing.is_possible(self._network, self._device):
-            return
-        pixels = self._normalise(self._pictures(1))
-        candidate = packing.Candidate(self.name, full, self._network, self._dtype, alike)
-        self._network = packing.packed_if_faster(candidate, pixels, self._run, self._pictures)
+        is_packable = self.view.fit != "inside" and not self._options.compile
+        is_packable = is_packable and packing.is_possible(full, self._device)
+        pixels = self._normalise(self._pictures(1)) if is_packable else None
+        ways = []
+
+        def add(
+            name: str, dtype: torch.dtype | None, make: Callable[[], nn.Module], tolerance: float
+        ) -> None:
+            ways.append(Way(name, make, dtype))
+            if pixels is not None and (dtype or torch.float32) in packing.PACKABLE:
+                packed = partial(packing.packed_alike, full=full, pixels=pixels)
+                ways.append(Way(f"{name} packed", lambda: packed(make()), dtype, tolerance))
+
+        if dtype is None or wanted == "auto":
+            add("float32", None, lambda: full, packing.TOLERANCE)
+        if dtype is not None:
+            add(
+                str(dtype).removeprefix("torch."),
+                dtype,
+                cache(partial(precision.converted, full, dtype)),
+                1.0,
+            )
+        return ways
 
     def _pictures(self, count: int) -> Any:
         return structured_pictures(self.view, count, self._device)

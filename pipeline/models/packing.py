@@ -9,26 +9,19 @@ for whatever reason, runs as it is.
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import logs
 from pipeline.models.fusion import are_close
-from pipeline.models.protocol import Output
-from pipeline.models.trial import trial
-from pipeline.models.weights import one_line
 
-# Fewer are not worth the trial.
+# Fewer are not worth a race.
 _FEWEST_LAYERS = 2
-# Of what fewer bits may change: 0.001 of a probability, as much as folding may.
-_FLOAT32_DIFFERENCE = 0.05
-# A picture alone gains most, and it counts; batches must not lose by it.
-_TIMED_PICTURES = (1, 8)
-_PACKABLE = (torch.float32, torch.bfloat16)
+# In float32, of what fewer bits may change: 0.001 of a probability, as much as folding may.
+TOLERANCE = 0.05
+PACKABLE = (torch.float32, torch.bfloat16)
 _OPERATORS = (
     "_reorder_convolution_weight",
     "_convolution_pointwise",
@@ -38,7 +31,6 @@ _OPERATORS = (
 
 _Layer = nn.Conv2d | nn.Linear
 
-Run = Callable[[nn.Module, torch.dtype | None, Any], list[Output]]
 _Fused = tuple[str, list[float], str]  # the operator's names for an activation, its numbers and its algorithm
 
 # What torch's Inductor fuses, by these names (torch/_inductor/fx_passes/mkldnn_fusion.py).
@@ -55,22 +47,6 @@ _FUSED: dict[type[nn.Module], Callable[[Any], _Fused]] = {
     nn.Tanh: lambda _: ("tanh", [], ""),
     nn.GELU: lambda layer: ("gelu", [], layer.approximate),
 }
-
-_log = logs.get(__name__)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network that would run in `dtype` (None: float32), and `full`, the same in float32.
-
-    `alike` is the same for networks that differ in their weights alone.
-    """
-
-    name: str
-    full: nn.Module
-    network: nn.Module
-    dtype: torch.dtype | None
-    alike: Hashable = None
 
 
 class Packed(nn.Module):
@@ -111,56 +87,20 @@ def is_possible(network: nn.Module, device: torch.device) -> bool:
     return sum(map(_is_packable, network.modules())) >= _FEWEST_LAYERS
 
 
-def packed_if_faster(
-    candidate: Candidate, pixels: Tensor, run: Run, pictures: Callable[[int], Any]
-) -> nn.Module:
-    """Return the network packed if that is as good and faster here, or itself.
+def packed_alike(network: nn.Module, full: nn.Module, pixels: Tensor) -> nn.Module:
+    """Return the network packed; `full` is the same in float32, `pixels` (N, 3, H, W) float32 are to compare on.
 
-    `pixels` (N, 3, H, W) float32 are to compare on; `run(network, dtype, batch)` evaluates what `pictures(n)`
-    draws.
+    Raises:
+        ValueError: its modules do not tell how it computes.
+        Exception: whatever private operators raise.
     """
-    name, full, network, dtype = candidate.name, candidate.full, candidate.network, candidate.dtype
-    try:
-        sizes = sizes_in(full, pixels)
-        other = packed(full, sizes)
-        # In float32, where nothing but a wrong guess about the network makes a difference.
-        with torch.inference_mode():
-            is_same = are_close(full(pixels), other(pixels))
-        if not is_same:
-            _log.info("not packed: the outputs would differ", model=name)
-            return network
-        if network is not full:
-            other = packed(network, sizes)
-        results = [
-            trial(
-                lambda batch: run(network, dtype, batch),
-                lambda batch: run(other, dtype, batch),
-                pictures,
-                pixels.device,
-                reference=lambda batch: run(full, None, batch),
-                most=most,
-                alike=candidate.alike and ("packing", most, dtype, candidate.alike),
-            )
-            for most in _TIMED_PICTURES
-        ]
-    except Exception as error:  # private operators may refuse anything, in any way
-        _log.info("not packed: it fails", model=name, error=one_line(error))
-        return network
-    difference = max(result.difference for result in results)
-    is_worthwhile = any(result.is_faster for result in results) and not any(
-        result.is_slower for result in results
-    )
-    taken = is_worthwhile and difference <= (1 if dtype else _FLOAT32_DIFFERENCE)
-    _log.info(
-        "packing chosen",
-        model=name,
-        packed=taken,
-        of_tolerance=round(difference, 3),
-        before_seconds=[round(result.before_seconds, 5) for result in results],
-        after_seconds=[round(result.after_seconds, 5) for result in results],
-        pictures=[result.pictures for result in results],
-    )
-    return other if taken else network
+    sizes = sizes_in(full, pixels)
+    # In float32, where nothing but a wrong guess about the network makes a difference.
+    other = packed(full, sizes)
+    with torch.inference_mode():
+        if not are_close(full(pixels), other(pixels)):
+            raise ValueError("packed, it says something else")
+    return other if network is full else packed(network, sizes)
 
 
 def sizes_in(network: nn.Module, pixels: Tensor) -> dict[str, list[int]]:
@@ -239,7 +179,7 @@ def _is_packable(layer: nn.Module | None) -> TypeGuard[_Layer]:
     # Exactly these classes: others may do more.
     return (
         (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer)))
-        and layer.weight.dtype in _PACKABLE
+        and layer.weight.dtype in PACKABLE
         and not _is_watched(layer)
     )
 

@@ -1,25 +1,19 @@
-"""Which precision a network runs in, decided where it runs: fewer bits only if faster and as good.
+"""Which precisions a network could run in, and a network made ready for one.
 
 Fewer bits means autocast: matrix products and convolutions in bfloat16 or float16, what needs more in float32.
 The weights of those layers are converted once, where autocast alone converts them for every batch.
 """
 
 import copy
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline import logs
 from pipeline.models.specification import Precision
-from pipeline.models.trial import Run, trial
-from pipeline.models.weights import one_line
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CONVERTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-_log = logs.get(__name__)
 
 
 def dtype_of(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -46,37 +40,6 @@ def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if layer.in_proj_bias is not None:
                 layer.in_proj_bias.data = layer.in_proj_bias.data.to(dtype)
     return module
-
-
-def is_worthwhile(
-    name: str,
-    full: Run,
-    fewer: Run,
-    pictures: Callable[[int], Any],
-    device: torch.device,
-    alike: Hashable = None,
-) -> bool:
-    """Whether `fewer` bits are faster here than `full`, and its outputs as good.
-
-    `pictures(n)` draws a batch; `alike` is the same for networks that differ in their weights alone.
-    """
-    full(pictures(1))
-    try:
-        result = trial(full, fewer, pictures, device, alike=alike)
-    except Exception as error:  # libraries raise anything where an operation has no such kernel
-        _log.info("not in fewer bits: the network fails in them", model=name, error=one_line(error))
-        return False
-    taken = result.difference <= 1 and result.is_faster
-    _log.info(
-        "precision chosen",
-        model=name,
-        fewer_bits=taken,
-        of_tolerance=round(result.difference, 3),
-        full_seconds=round(result.before_seconds, 5),
-        fewer_seconds=round(result.after_seconds, 5),
-        pictures=result.pictures,
-    )
-    return taken
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -1,7 +1,6 @@
-"""What every network's model is made of: names taken apart, outputs read, precision chosen, tensors checked."""
+"""What every network's model is made of: names taken apart, outputs read, tensors checked."""
 
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from pipeline.events import Box
 from pipeline.imaging import View
 from pipeline.models import (
     LoadOptions,
-    Output,
     WrongOutputError,
     modules,
     packing,
-    precision,
     torch_threads,
-    trial,
+    ways,
     weights,
 )
 from pipeline.models.disagreement import disagreement, structured_pictures
@@ -41,26 +38,23 @@ CACHE = Path("nowhere")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_timed", {})
+def _nobody_has_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_raced", {})
 
 
 class Network(nn.Module):
     """Looks at mean colours; counts the batches it sees."""
 
-    def __init__(self, outputs: int = 3, *, is_coarse: bool = False) -> None:
+    def __init__(self, outputs: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.convolution = nn.Conv2d(3, 8, 3)
         self.head = nn.Linear(8, outputs)
-        self.is_coarse = is_coarse
         self.batches: list[tuple[int, ...]] = []
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         self.batches.append(tuple(pixels.shape))
         logits: torch.Tensor = self.head(self.convolution(pixels).mean((2, 3)))
-        if self.is_coarse and torch.is_autocast_enabled("cpu"):
-            return logits + 3 * torch.arange(logits.shape[1])
         return logits
 
 
@@ -283,102 +277,6 @@ def test_a_precision_that_is_asked_for_is_taken(wanted: str) -> None:
     assert disagreement(reference.forward(pixels), found.forward(pixels)) < 1
     assert network.head.weight.dtype == torch.float32
     assert found.digest == reference.digest
-
-
-@pytest.mark.parametrize(
-    ("speed", "is_coarse", "taken"), [(0.5, False, True), (0.99, False, False), (0.5, True, False)]
-)
-def test_fewer_bits_are_taken_only_if_faster_and_as_good(
-    monkeypatch: pytest.MonkeyPatch, speed: float, is_coarse: bool, taken: bool
-) -> None:
-    """Neither a gain that a busy machine could feign nor a faster network with other outputs is taken."""
-    monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
-    full: list[bool] = []
-
-    def seconds(*_: Any) -> float:
-        full.append(len(full) % 2 == 0)  # they are timed in turns, after one alone
-        return 1.0 if len(full) == 1 else (1.0 if len(full) % 2 == 0 else speed)
-
-    monkeypatch.setattr(trial, "_seconds", seconds)
-    found = model(Network(is_coarse=is_coarse), precision="auto")
-    found.warm_up()
-    assert found.precision == ("bfloat16" if taken else "float32")
-
-
-@pytest.mark.parametrize(("slower", "turns"), [(5.0, 1), (3.0, 7)])
-def test_what_is_hopelessly_slow_is_not_timed_again(
-    monkeypatch: pytest.MonkeyPatch, slower: float, turns: int
-) -> None:
-    """A start does not wait for seven turns of what takes many times as long."""
-    monkeypatch.setattr(trial, "_seconds", lambda _, run, batch: run(batch)[0].score)
-    ran: list[float] = []
-
-    def taking(seconds: float) -> trial.Run:
-        return lambda _: [ran.append(seconds) or Output(score=seconds)]  # type: ignore[func-returns-value]
-
-    result = trial.trial(taking(1.0), taking(slower), lambda n: n, CPU)
-    assert (result.before_seconds, result.after_seconds) == (1.0, slower)
-    assert ran.count(slower) == 1 + turns
-
-
-def test_networks_that_differ_in_weights_alone_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their outputs are compared each time: a new version that is bad in fewer bits is not run in them."""
-    monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
-    timed: list[bool] = []
-
-    def seconds(*_: Any) -> float:
-        timed.append(True)  # in turns, after one alone
-        return 0.5 if len(timed) % 2 and len(timed) > 1 else 1.0
-
-    monkeypatch.setattr(trial, "_seconds", seconds)
-    first = model(Network(), precision="auto")
-    first.warm_up()
-    assert first.precision == "bfloat16"
-    assert timed
-    timed.clear()
-    second, coarse = model(Network(), precision="auto"), model(Network(is_coarse=True), precision="auto")
-    second.warm_up()
-    assert second.precision == "bfloat16"
-    assert not timed
-    coarse.warm_up()
-    assert coarse.precision == "float32"
-
-
-def test_a_network_that_fails_in_fewer_bits_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody asked for and does not work here is left, and no reason to refuse the model."""
-    monkeypatch.setattr(precision, "dtype_of", lambda *_: torch.bfloat16)
-    network = Network()
-
-    class Picky(nn.Module):
-        def forward(self, pixels: torch.Tensor) -> Any:
-            if torch.is_autocast_enabled("cpu"):
-                raise RuntimeError('"picky" not implemented for BFloat16')
-            return network(pixels)
-
-    found = model(Picky(), precision="auto")
-    found.warm_up()
-    assert found.precision == "float32"
-    with pytest.raises(RuntimeError, match="picky"):
-        model(Picky(), precision="bf16").warm_up()
-
-
-def test_a_busy_machine_does_not_decide_the_precision() -> None:
-    """What a pass waits for while others have the cores does not count: only what it computes does."""
-    pixels = torch.rand(200, 200)
-
-    def computing(products: int, waits: float) -> trial.Run:
-        def run(batch: Any) -> list[Output]:
-            time.sleep(waits)
-            for _ in range(products):
-                pixels @ pixels
-            return [Output(score=1.0)] * batch
-
-        return run
-
-    threads = torch.get_num_threads()
-    assert precision.is_worthwhile("less", computing(12, 0.0), computing(4, 0.01), lambda n: n, CPU)
-    assert not precision.is_worthwhile("more", computing(4, 0.01), computing(12, 0.0), lambda n: n, CPU)
-    assert torch.get_num_threads() == threads
 
 
 def test_tensors_must_fit(tmp_path: Path) -> None:

@@ -14,22 +14,18 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.imaging import View
-from pipeline.models import LoadOptions, packing
+from pipeline.models import LoadOptions, packing, ways
 from pipeline.models.fusion import are_close, folded
 from pipeline.models.modules import ModuleModel
-from pipeline.models.packing import Candidate, Packed, is_possible, packed_if_faster, sizes_in
+from pipeline.models.packing import Packed, is_possible, packed_alike, sizes_in
 from pipeline.models.preprocessing import Preprocessing
-from pipeline.models.protocol import Output
 from pipeline.models.specification import Specification
 from pipeline.models.tasks import Classify
-from pipeline.models.trial import Trial
-from tests.support import logged as logs
 
 CPU = torch.device("cpu")
 PIXELS = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(
     memory_format=torch.channels_last
 )
-FASTER, ALIKE, SLOWER = (Trial(0, 1.0, after, 8) for after in (0.5, 0.99, 1.2))
 
 
 def count(network: nn.Module, kind: type[nn.Module] = Packed) -> int:
@@ -52,14 +48,15 @@ def assert_same(plain: nn.Module, other: nn.Module, pixels: Tensor = PIXELS) -> 
 
 
 def two(*layers: nn.Module) -> nn.Sequential:
-    """As many convolutions as are worth a trial, the layers after the first."""
+    """As many convolutions as are worth a race, the layers after the first."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.Conv2d(8, 4, 3)).eval().requires_grad_(False)
 
 
-def chosen(network: nn.Module) -> nn.Module:
-    candidate = Candidate("network", network, network, None)
-    return packed_if_faster(candidate, PIXELS, lambda *_: [Output(score=1.0)], lambda n: n)
+@pytest.fixture
+def _packed_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_raced", {})
+    monkeypatch.setattr(ways, "_seconds", lambda _, way, *__: 0.5 if "packed" in way.name else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -271,47 +268,19 @@ class LooksBetween(nn.Module):
         return {"between": self.layers[0](pixels), "all": [self.layers(pixels)]}
 
 
-def test_what_would_say_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that looks between a convolution and its activation runs as it is, and one line says so."""
-    monkeypatch.setattr(packing, "trial", lambda *_, **__: FASTER)
-    logged = logs.capture(monkeypatch, packing)
+def test_what_would_say_something_else_is_refused() -> None:
+    """A network that looks between a convolution and its activation is not as its modules tell."""
     plain = LooksBetween().eval()
-    assert chosen(plain) is plain
-    assert [entry["event"] for entry in logged.entries] == ["not packed: the outputs would differ"]
-    assert count(chosen(plain.layers)) == 2
-
-
-@pytest.mark.parametrize(
-    ("alone", "batch", "dtype", "taken"),
-    [
-        (FASTER, FASTER, None, True),
-        (FASTER, ALIKE, None, True),
-        (ALIKE, FASTER, None, True),
-        (ALIKE, ALIKE, None, False),
-        (FASTER, SLOWER, None, False),
-        (SLOWER, FASTER, None, False),
-        (FASTER, Trial(0.06, 1.0, 0.5, 8), None, False),
-        (FASTER, Trial(0.06, 1.0, 0.5, 8), torch.bfloat16, True),
-        (Trial(1.1, 1.0, 0.5, 1), FASTER, torch.bfloat16, False),
-        (FASTER, Trial(float("inf"), 1.0, 0.5, 8), torch.bfloat16, False),
-    ],
-)
-def test_packing_is_taken_only_if_faster_and_as_good(
-    monkeypatch: pytest.MonkeyPatch, alone: Trial, batch: Trial, dtype: torch.dtype | None, taken: bool
-) -> None:
-    """A gain within the error of a timing is none, a loss undoes it; in float32 hardly a digit may change."""
-    monkeypatch.setattr(packing, "trial", lambda *_, most, **__: {1: alone, 8: batch}[most])
-    logged = logs.capture(monkeypatch, packing)
-    plain = two(nn.ReLU())
-    other = packed_if_faster(Candidate("network", plain, plain, dtype), PIXELS, lambda *_: [], lambda n: n)
-    assert (other is not plain, count(other)) == (taken, 2 if taken else 0)
-    assert [(entry["event"], entry["packed"]) for entry in logged.entries] == [("packing chosen", taken)]
+    with pytest.raises(ValueError, match="it says something else"):
+        packed_alike(plain, plain, PIXELS)
+    assert count(packed_alike(plain.layers, plain.layers, PIXELS)) == 2
 
 
 def refuse(*_: Any) -> Tensor:
     raise RuntimeError("not this time")
 
 
+@pytest.mark.usefixtures("_packed_is_fastest")
 @pytest.mark.parametrize(
     "operators",
     [
@@ -381,9 +350,9 @@ def load(layers: nn.Module, fit: str = "cover", **options: Any) -> ModuleModel:
     return ModuleModel(specification, Classifier(layers), preprocessing, reader, {}, CPU, given)
 
 
-def test_a_packed_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_packed_is_fastest")
+def test_a_packed_model_is_the_same_model() -> None:
     """Version, size and outputs stay, and the weights that it was packed from are let go."""
-    monkeypatch.setattr(packing, "trial", lambda *_, **__: FASTER)
     layers = two(nn.ReLU())
     plain, found = load(two(nn.ReLU())), load(layers)
     parameters = sum(parameter.numel() for parameter in layers.parameters())
@@ -401,9 +370,9 @@ def test_a_packed_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> No
         assert output.scores == pytest.approx(reference.scores, abs=1e-5)
 
 
-def test_fewer_bits_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_packed_is_fastest")
+def test_fewer_bits_are_packed_too() -> None:
     """What runs under autocast is packed in its precision and stays within what that may change."""
-    monkeypatch.setattr(packing, "trial", lambda *_, **__: FASTER)
     plain, found = load(two(nn.Hardswish())), load(two(nn.Hardswish()), precision="bf16")
     found.warm_up()
     assert found.precision == "bfloat16"
@@ -413,12 +382,12 @@ def test_fewer_bits_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
         assert output.scores == pytest.approx(reference.scores, abs=0.02)
 
 
+@pytest.mark.usefixtures("_packed_is_fastest")
 @pytest.mark.parametrize("options", [{"compile": True}, {"fit": "inside"}, {"precision": "fp16"}])
 def test_models_that_run_in_another_way_are_not_packed(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """What is compiled, varies in size or runs in float16 is left alone."""
-    monkeypatch.setattr(packing, "trial", lambda *_, **__: FASTER)
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     found = load(two(nn.ReLU()), **options)
     monkeypatch.setattr(found, "forward", lambda _: [])
