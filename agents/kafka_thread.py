@@ -46,7 +46,8 @@ REQUEST_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 # Faust's own consumer asks for this; half as long halves the wait of a lone record for an empty fetch.
 FETCH_WAIT_MILLISECONDS = 500
-# While a lane is paused.
+# While a lane is paused: it may read on at any moment, and nothing else ends a wait for the other lane. With waits
+# of a second a worker with a bulk backlog ran out of pictures every few seconds.
 PAUSED_FETCH_WAIT_MILLISECONDS = 50
 # While so many records are open the step is busy, and a fetch waits for company: with one for nearly every picture,
 # broker and worker take a tenth more processor time, and batches wait for it.
@@ -164,7 +165,8 @@ class LedgerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
                 return
             self._begin(kafka, ownership)
             self._hold_positions(kafka)
-            is_paused = len(places) < len(ownership.beginnings)
+            if is_paused := len(places) < len(ownership.beginnings):
+                timeout_seconds = min(timeout_seconds, PAUSED_FETCH_WAIT_MILLISECONDS / 1000)
             _pace(fetcher, is_paused=is_paused, is_busy=self.consumer.delivery.open_records >= BUSY_RECORDS)
             try:
                 records = await self._drain(fetcher, places, timeout_seconds)

@@ -147,7 +147,7 @@ class Predict:
         if self._publishing:
             await asyncio.wait(set(self._publishing))
         self._stop_tidying()
-        self._tidying = asyncio.create_task(garbage.set_apart_again(lambda: engine.is_idle))
+        self._tidying = asyncio.create_task(garbage.set_apart_again(lambda: engine.idle_seconds))
 
     def _stop_tidying(self) -> None:
         if self._tidying is not None:

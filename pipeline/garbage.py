@@ -9,8 +9,11 @@ import gc
 import time
 from collections.abc import Callable
 
-# How often a busy process is asked whether it is idle, and how long at most what is no more needed may stay.
+# How often a process is asked how long it has been idle.
 LOOK_SECONDS = 1.0
+# It is idle between any two pictures; of 40 a second 10 to 20 would wait for a collection.
+QUIET_SECONDS = 2.0
+# How long at most what is no more needed may stay.
 MAX_WAIT_SECONDS = 600.0
 
 
@@ -34,13 +37,13 @@ def set_apart() -> None:
     gc.freeze()
 
 
-async def set_apart_again(is_idle: Callable[[], bool]) -> None:
-    """Collect what was set apart and is not needed any more, such as models that were replaced, in an idle moment.
+async def set_apart_again(idle_seconds: Callable[[], float]) -> None:
+    """Collect what was set apart and is not needed any more, such as models that were replaced, once it is quiet.
 
     Most of it went with its last reference; what is left would stay for ever. Who is never idle waits for it once.
     """
     until = time.monotonic() + MAX_WAIT_SECONDS
-    while not is_idle() and time.monotonic() < until:  # noqa: ASYNC110 (the clock decides)
+    while idle_seconds() < QUIET_SECONDS and time.monotonic() < until:  # noqa: ASYNC110 (the clock decides)
         await asyncio.sleep(LOOK_SECONDS)
     gc.unfreeze()
     set_apart()

@@ -112,6 +112,7 @@ class Engine:
         )
         self._room_records = self._room()
         self._open: set[Work] = set()
+        self._idle_since = time.monotonic()  # if nothing is open
         # Waiting for the decoder, in it, or decoded and not dispatched.
         self._ahead: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._on_room = on_room
@@ -139,9 +140,9 @@ class Engine:
             raise
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing that was submitted waits for its outcome."""
-        return not self._open
+    def idle_seconds(self) -> float:
+        """How long nothing that was submitted has waited for its outcome."""
+        return 0.0 if self._open else time.monotonic() - self._idle_since
 
     def room(self) -> Sequence[Lane]:
         """Return the lanes of which fewer records wait for the device than it takes to keep it busy.
@@ -353,6 +354,7 @@ class Engine:
         if not delivered:
             return
         self._open.difference_update(work for work, _ in delivered)
+        self._idle_since = time.monotonic()
         self._take_over()
         try:
             self._deliver_outcomes([(work.request, outcome) for work, outcome in delivered])

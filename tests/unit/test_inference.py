@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -187,6 +188,22 @@ def test_options_come_from_the_settings() -> None:
     assert EngineOptions.from_settings(values, CPU) == EngineOptions(
         CPU, 5, 11, 3, 2, Limits(10, 20), 1.5, 7.5
     )
+
+
+async def test_idleness_begins_with_the_last_outcome() -> None:
+    """Whoever waits for a quiet moment is told how long it has been one: between two records it begins anew."""
+    gate = Gate()
+    async with running(gate.model) as bench:
+        await asyncio.sleep(0.05)
+        before = bench.engine.idle_seconds
+        bench.submit()
+        await gate.is_entered()
+        await asyncio.sleep(0.01)
+        assert (before >= 0.05, bench.engine.idle_seconds) == (True, 0.0)
+        gate.opened.set()
+        ended = time.monotonic()
+        await bench.finished()
+        assert 0.0 < bench.engine.idle_seconds <= time.monotonic() - ended
 
 
 async def test_stopping_finishes_what_was_submitted() -> None:

@@ -55,7 +55,10 @@ class Log:
     def fetch_context(self) -> Iterator[None]:
         yield
 
-    async def fetched_records(self, *_: object, **__: object) -> dict[KafkaPartition, list[Any]]:
+    async def fetched_records(
+        self, *_: object, timeout: float, **__: object
+    ) -> dict[KafkaPartition, list[Any]]:
+        self.waits_seconds = timeout
         await self.answers.wait()
         offsets = range(self.position, min(10, self.position + 2))
         self.position = offsets.stop
@@ -218,16 +221,19 @@ async def test_large_records_are_handed_over_few_at_a_time() -> None:
 
 
 async def test_a_paused_lane_keeps_no_fetch_of_the_other_waiting() -> None:
-    """While a lane is paused aiokafka asks for the other one at once, and soon again."""
+    """While a lane is paused aiokafka asks for the other one at once, and soon again: it may read on by then."""
     worker = Worker()
     worker.assign()
     worker.consumer.ownership = Ownership(GENERATION, {(BULK, 0): 0, (REALTIME, 0): 0})
-    await worker.fetch()
+    await worker.fetch(5)  # all there is
+    await worker.thread._fetch(1.0)
     assert worker.log._prefetch_backoff == kafka_thread.PREFETCH_BACKOFF_SECONDS
+    assert worker.log.waits_seconds == 1.0
     worker.bench.delivery._lanes["bulk"].paused = True
-    await worker.fetch()
+    await worker.thread._fetch(1.0)
     assert worker.log._prefetch_backoff == 0.0
-    assert worker.log._fetch_max_wait_ms < kafka_thread.FETCH_WAIT_MILLISECONDS
+    assert worker.log._fetch_max_wait_ms == kafka_thread.PAUSED_FETCH_WAIT_MILLISECONDS
+    assert worker.log.waits_seconds == kafka_thread.PAUSED_FETCH_WAIT_MILLISECONDS / 1000
 
 
 async def test_a_busy_step_is_given_more_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
