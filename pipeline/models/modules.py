@@ -113,7 +113,8 @@ class ModuleModel:
 
     def _normalised(self, batch: Any) -> Tensor | list[Tensor]:
         if isinstance(batch, Tensor):
-            return self._normalise(batch)  # (N, 3, H, W) float32
+            # Nothing of the batch before is needed any more: a pass ends with numbers of its own.
+            return self._normalise(batch, in_place_of_last=self._device.type == "cpu")  # (N, 3, H, W) float32
         return [self._normalise(picture[None])[0] for picture in batch]
 
     def _take_fastest_way(self) -> None:

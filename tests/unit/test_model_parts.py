@@ -188,6 +188,23 @@ def test_normalising_is_arithmetic(mean: Any, std: Any, shape: tuple[int, int, i
     assert found.permute(0, 2, 3, 1).is_contiguous()
 
 
+def test_normalising_again_uses_the_same_memory() -> None:
+    """A batch takes the place of one before, with the same numbers; what a model said of that one stays."""
+    normalise, views = Normaliser(Preprocessing(VIEW), CPU), structured_pictures(VIEW, 5, CPU)
+    largest = normalise(views, in_place_of_last=True)
+    for count in (1, 3, 5):
+        again = normalise(views[-count:], in_place_of_last=True)
+        assert again.data_ptr() == largest.data_ptr()
+        assert torch.equal(again, normalise(views[-count:]))
+        assert again.permute(0, 2, 3, 1).is_contiguous()
+    itself = model(nn.Flatten(), Embed())
+    said = itself.forward(views[:2])[1].embedding
+    assert said is not None
+    before = said.copy()
+    itself.forward(views[2:4])
+    assert np.array_equal(said, before)
+
+
 def test_preprocessing_is_compared_with_the_librarys() -> None:
     """Another view, mean, filter order or channel order than the library's is noticed; its own is not."""
     ours = Preprocessing(View(64, 64, "crop", 72), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
