@@ -14,7 +14,7 @@ LOOK_SECONDS = 1.0
 # It is idle between any two pictures; of 40 a second 10 to 20 would wait for a collection.
 QUIET_SECONDS = 2.0
 # How long at most what is no more needed may stay.
-MAX_WAIT_SECONDS = 600.0
+MAX_WAIT_SECONDS = 60.0
 
 
 def pause() -> None:

@@ -4,7 +4,7 @@ A source brings the network, its preprocessing and what its output means; this c
 channels last, inference mode, the precision that is best here, one transfer off the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -126,6 +126,7 @@ class ModuleModel:
             self._run,
             self._pictures,
             self._device,
+            most=self._options.max_batch_size,
             alike=(repr(full), self.view, str(self._device), tuple(way.name for way in ways)),
         )
         way = fastest(ways, course)
@@ -142,26 +143,17 @@ class ModuleModel:
         # Pictures that vary in size need layouts that vary; what is compiled is packed by the compiler.
         is_packable = self.view.fit != "inside" and not self._options.compile
         is_packable = is_packable and packing.is_possible(full, self._device)
-        pixels = self._normalise(self._pictures(1)) if is_packable else None
+        packed = cache(lambda: packing.packed_alike(full, self._normalise(self._pictures(1))))
         ways = []
-
-        def add(
-            name: str, dtype: torch.dtype | None, make: Callable[[], nn.Module], tolerance: float
-        ) -> None:
-            ways.append(Way(name, make, dtype))
-            if pixels is not None and (dtype or torch.float32) in packing.PACKABLE:
-                packed = partial(packing.packed_alike, full=full, pixels=pixels)
-                ways.append(Way(f"{name} packed", lambda: packed(make()), dtype, tolerance))
-
         if dtype is None or wanted == "auto":
-            add("float32", None, lambda: full, packing.TOLERANCE)
+            ways.append(Way("float32", lambda: full))
+            if is_packable:
+                ways.append(Way("float32 packed", lambda: packed()[0], None, packing.TOLERANCE))
         if dtype is not None:
-            add(
-                str(dtype).removeprefix("torch."),
-                dtype,
-                cache(partial(precision.converted, full, dtype)),
-                1.0,
-            )
+            name, fewer = str(dtype).removeprefix("torch."), cache(partial(precision.converted, full, dtype))
+            ways.append(Way(name, fewer, dtype))
+            if is_packable and dtype in packing.PACKABLE:
+                ways.append(Way(f"{name} packed", lambda: packing.packed(fewer(), packed()[1]), dtype))
         return ways
 
     def _pictures(self, count: int) -> Any:

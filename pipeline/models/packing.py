@@ -87,20 +87,20 @@ def is_possible(network: nn.Module, device: torch.device) -> bool:
     return sum(map(_is_packable, network.modules())) >= _FEWEST_LAYERS
 
 
-def packed_alike(network: nn.Module, full: nn.Module, pixels: Tensor) -> nn.Module:
-    """Return the network packed; `full` is the same in float32, `pixels` (N, 3, H, W) float32 are to compare on.
+def packed_alike(full: nn.Module, pixels: Tensor) -> tuple[nn.Module, dict[str, list[int]]]:
+    """Return a float32 network packed, and the sizes to pack it in fewer bits; compares on `pixels` (N, 3, H, W).
 
     Raises:
         ValueError: its modules do not tell how it computes.
         Exception: whatever private operators raise.
     """
     sizes = sizes_in(full, pixels)
-    # In float32, where nothing but a wrong guess about the network makes a difference.
     other = packed(full, sizes)
+    # In float32, where nothing but a wrong guess about the network makes a difference.
     with torch.inference_mode():
         if not are_close(full(pixels), other(pixels)):
             raise ValueError("packed, it says something else")
-    return other if network is full else packed(network, sizes)
+    return other, sizes
 
 
 def sizes_in(network: nn.Module, pixels: Tensor) -> dict[str, list[int]]:

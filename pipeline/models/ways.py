@@ -38,7 +38,7 @@ _HICCUP_SECONDS = 2.0
 #: Evaluates a batch with a network in a precision (None: float32).
 Run = Callable[[nn.Module, torch.dtype | None, Any], list[Output]]
 Clock = Callable[[], float]
-#: The least seconds of each way for a picture alone and for a batch, as far as it came.
+#: The least seconds of each way, for a picture alone (on a CPU) and for a batch.
 Timings = Mapping[str, Sequence[float]]
 
 _log = logs.get(__name__)
@@ -73,20 +73,22 @@ class Course:
     pictures: Callable[[int], Any]
     device: torch.device
     alike: Hashable
+    #: The largest batch there is.
+    most: int = _BATCH
 
 
 def fastest(ways: Sequence[Way], course: Course) -> Way:
     """Return the way to run; plainer ones come first, and the first is taken as it is if no other can be."""
     if len(ways) == 1:
         return ways[0]
-    raced = _raced.get(course.alike)
-    if raced is None:
-        raced = _raced[course.alike] = _Race(ways, course).run()
-    timings, count = raced
+    remembered = _raced.get(course.alike)
+    timings, count = remembered or _race(ways, course)
     batch = course.pictures(count)
     expected = cache(lambda: course.run(course.full, None, batch))
     for way in _ranked(ways, timings):
         share = 0.0 if way is ways[0] else _difference(way, course, batch, expected)
+        if share is None:
+            continue
         is_sound = share <= way.tolerance
         _log.info(
             "fastest way chosen" if is_sound else "a fast way is not taken: the outputs differ",
@@ -95,26 +97,29 @@ def fastest(ways: Sequence[Way], course: Course) -> Way:
             of_tolerance=round(share, 3),
             seconds={name: [round(each, 5) for each in seconds] for name, seconds in timings.items()},
             pictures=count,
+            remembered=remembered is not None,
         )
         if is_sound:
             return way
     return ways[0]
 
 
-def _difference(way: Way, course: Course, batch: Any, expected: Callable[[], list[Output]]) -> float:
-    """Return how far a way's outputs are from what they should be, as a share of what fewer bits may change."""
+def _difference(way: Way, course: Course, batch: Any, expected: Callable[[], list[Output]]) -> float | None:
+    """Return how far a way's outputs are from what they should be, as a share of what fewer bits may change.
+
+    None: it does not work.
+    """
     try:
         return disagreement(expected(), course.run(way.network, way.dtype, batch))
     except Exception as error:  # libraries raise anything
         _say_left_out(way, course, error)
-        return inf
+        return None
 
 
 def _ranked(ways: Sequence[Way], timings: Timings) -> Iterator[Way]:
     """Yield those that were timed: first the one that is nowhere far from the fastest, or a plainer one as good."""
-    columns = [[of[at] for of in timings.values() if len(of) > at] for at in range(2)]
-    fastest = [min(column) for column in columns if column]
-    regrets = {name: max(map(operator.truediv, of, fastest)) for name, of in timings.items()}
+    leaders = list(map(min, zip(*timings.values(), strict=True)))
+    regrets = {name: max(map(operator.truediv, of, leaders)) for name, of in timings.items()}
     while regrets:
         least = min(regrets.values())
         way = next(way for way in ways if regrets.get(way.name, inf) * WORTHWHILE <= least)
@@ -122,29 +127,34 @@ def _ranked(ways: Sequence[Way], timings: Timings) -> Iterator[Way]:
         yield way
 
 
+def _race(ways: Sequence[Way], course: Course) -> tuple[Timings, int]:
+    """Return what each way took that came to the end, and how many pictures its batch had.
+
+    It is remembered if every way worked: one that did not may have lacked memory beside other models, or had
+    weights that are no numbers.
+    """
+    race, heats, count = _Race(ways, course), [], min(_BATCH, course.most)
+    with _clock(course.device) as clock:
+        # On a GPU a picture alone shows how fast the host gives out work.
+        if course.device.type == "cpu":
+            heats.append(race.heat(clock, 1))
+            count = min(count, max(2, int(_BATCH_SECONDS / min(heats[0].values(), default=inf))))
+        heats.append(race.heat(clock, count))
+    timings = {name: [heat[name] for heat in heats] for name in heats[-1]}
+    if not race.failed:
+        _raced[course.alike] = timings, count
+    return timings, count
+
+
 class _Race:
-    """One race, first with a picture alone, then with a batch; the hopeless drop out."""
+    """Who is still in a race, and whether a way did not work."""
 
     def __init__(self, ways: Sequence[Way], course: Course) -> None:
+        self.failed = False
         self._course = course
         self._left = list(ways)
 
-    def run(self) -> tuple[Timings, int]:
-        """Return what each way that works took, and how many pictures its batch had."""
-        timings: dict[str, list[float]] = {}
-        heats, count = [], _BATCH
-        with _clock(self._course.device) as clock:
-            # On a GPU a picture alone shows how fast the host gives out work.
-            if self._course.device.type == "cpu":
-                heats.append(self._heat(clock, 1))
-                count = max(2, min(_BATCH, int(_BATCH_SECONDS / min(heats[0].values(), default=inf))))
-            heats.append(self._heat(clock, count))
-        for heat in heats:
-            for name, seconds in heat.items():
-                timings.setdefault(name, []).append(seconds)
-        return timings, count
-
-    def _heat(self, clock: Clock, size: int) -> dict[str, float]:
+    def heat(self, clock: Clock, size: int) -> dict[str, float]:
         """Time a batch all ways in turns; return the least of each, and leave the hopeless out from now on."""
         batch, least = self._course.pictures(size), dict[str, float]()
         until = time.monotonic() + _TURNS_SECONDS
@@ -154,12 +164,14 @@ class _Race:
                     seconds = _seconds(clock, way, self._course, batch)
                 except Exception as error:  # where an operation has no such kernel, or no memory
                     _say_left_out(way, self._course, error)
+                    self.failed = True
                     self._left.remove(way)
                     least.pop(way.name, None)
                 else:
                     least[way.name] = min(seconds, least.get(way.name, seconds))
-            most = min(least.values(), default=0.0) * _HOPELESS + _HICCUP_SECONDS
-            self._left = [way for way in self._left if least[way.name] <= most]
+            if turn or self._course.device.type == "cpu":  # a GPU's libraries may take seconds to load
+                most = min(least.values(), default=0.0) * _HOPELESS + _HICCUP_SECONDS
+                self._left = [way for way in self._left if least[way.name] <= most]
             if turn and time.monotonic() > until:
                 break
         return least
@@ -191,4 +203,4 @@ def _seconds(clock: Clock, way: Way, course: Course, batch: Any) -> float:
     network = way.network  # made before the clock starts
     started = clock()
     course.run(network, way.dtype, batch)  # ends with a transfer to the host: what is on the device is done
-    return clock() - started
+    return max(clock() - started, 1e-6)  # a clock may be coarse

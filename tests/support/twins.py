@@ -20,13 +20,17 @@ _BATCH = 4
 _FINDS = 60
 
 
+class Unpackable(nn.Conv2d):
+    """Leaves one way to run its network, so that nothing races and passes can be counted."""
+
+
 class _Network(nn.Module):
     """Makes numbers of mean colours, and goes wrong as it is told."""
 
     def __init__(self, outputs: int, wrong: str) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.convolution = nn.Conv2d(3, 8, 3)
+        self.convolution = Unpackable(3, 8, 3)
         self.head = nn.Linear(8, outputs)
         self._wrong = wrong
         self._full_batches = 0

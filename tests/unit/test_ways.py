@@ -151,6 +151,24 @@ def test_a_network_that_fails_in_fewer_bits_runs_in_float32(monkeypatch: pytest.
         load(Picky(), "bf16").warm_up()
 
 
+def test_a_race_in_which_a_way_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have failed for lack of memory, or for the weights of that network: the next one races again."""
+    pace(monkeypatch, {PLAIN: (1, 8), PACKED: (1, 8), HALF: (0.5, 4), HALF_PACKED: (0.3, 2)})
+    take = ways._seconds
+
+    def fail(clock: Any, way: Way, at: Any, batch: Any) -> float:
+        if way.name == HALF_PACKED and len(batch) > 1:
+            raise MemoryError("not enough memory")
+        return take(clock, way, at, batch)
+
+    first, second = load(Network()), load(Network())
+    with monkeypatch.context() as without:
+        without.setattr(ways, "_seconds", fail)
+        first.warm_up()
+    second.warm_up()
+    assert (way_of(first), way_of(second)) == (HALF, HALF_PACKED)
+
+
 def course(run: ways.Run = lambda *_: [Output(score=1.0)], alike: str = "") -> Course:
     return Course("network", nn.Identity(), run, lambda count: [0] * count, CPU, alike)
 
