@@ -10,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway import intake
 from pipeline import admin
 from pipeline.database import Database
 from pipeline.errors import ModelError, UndecodableImageError
@@ -33,6 +34,13 @@ HOSTILE_IDS = [
     "' OR 1=1; --",
     "x" * 512,
 ]
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have uploads wait for a database that is slow because the machine is busy: else they do without it."""
+    monkeypatch.setattr(intake, "ROW_SECONDS", 60.0)
+    monkeypatch.setattr(intake, "LOOKUP_SECONDS", 60.0)
 
 
 @pytest.fixture
