@@ -72,17 +72,21 @@ class Normaliser:
         count, channels, height, width = batch.shape
         row = width * channels
         rows = batch.permute(0, 2, 3, 1).reshape(count * height, row)
-        inputs = _kept_for(rows) if in_place_of_last else torch.empty(rows.shape, device=rows.device)
-        inputs.copy_(rows)  # not left to the operation, which would make another tensor for it
-        torch.addcmul(self._bias[:row], inputs, self._scale[:row], out=inputs)  # (N * H, W * 3) float32
-        return inputs.view(count, height, width, channels).permute(0, 3, 1, 2)
+        kept = None
+        if in_place_of_last:
+            kept = _kept_for(rows)
+            # Not left to the operation: on a CPU it would make another tensor for it, on a GPU converts as it goes.
+            rows = kept.copy_(rows)
+        rows = torch.addcmul(self._bias[:row], rows, self._scale[:row], out=kept)  # (N * H, W * 3) float32
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _kept_for(rows: Tensor) -> Tensor:
     """Return this thread's memory for so many float32 numbers, used again for every batch of every model."""
     if getattr(_own, "kept", rows[:0]).numel() < rows.numel():
         _own.kept = None  # first, so that there are never two
-        _own.kept = torch.empty(rows.numel(), device=rows.device)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
+            _own.kept = torch.empty(rows.numel(), device=rows.device)
     kept: Tensor = _own.kept
     return kept[: rows.numel()].view(rows.shape)
 

@@ -21,7 +21,6 @@ from pipeline.models import (
     modules,
     packing,
     torch_threads,
-    ways,
     weights,
 )
 from pipeline.models.disagreement import disagreement, structured_pictures
@@ -35,11 +34,6 @@ CPU = torch.device("cpu")
 SPECIFICATION = Specification.parse("test:network")
 VIEW = View(24, 16)
 CACHE = Path("nowhere")
-
-
-@pytest.fixture(autouse=True)
-def _nobody_has_raced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "_raced", {})
 
 
 class Network(nn.Module):
@@ -191,7 +185,8 @@ def test_normalising_is_arithmetic(mean: Any, std: Any, shape: tuple[int, int, i
 def test_normalising_again_uses_the_same_memory() -> None:
     """A batch takes the place of one before, with the same numbers; what a model said of that one stays."""
     normalise, views = Normaliser(Preprocessing(VIEW), CPU), structured_pictures(VIEW, 5, CPU)
-    largest = normalise(views, in_place_of_last=True)
+    with torch.inference_mode():  # where passes are, and what comes after need not be
+        largest = normalise(views, in_place_of_last=True)
     for count in (1, 3, 5):
         again = normalise(views[-count:], in_place_of_last=True)
         assert again.data_ptr() == largest.data_ptr()
